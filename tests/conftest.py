@@ -1,0 +1,5 @@
+"""Shape annotations are enforced in every test: jaxtyping's hook instruments kdnb before it is imported."""
+
+from jaxtyping import install_import_hook
+
+hook = install_import_hook("kdnb", "beartype.beartype")
