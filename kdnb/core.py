@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_rng', 'Estimate', 'estimate', 'combine', 'difference', 'verdict', 'Distribution', 'expected_log_probs',
-           'precision', 'recall', 'entropy', 'kl', 'Ruler', 'measure', 'Distilled', 'distill']
+           'precision', 'recall', 'entropy', 'kl', 'Ruler', 'measure_draws', 'measure', 'Distilled', 'distill']
 
 # %% ../nbs/00_core.ipynb #a6316642
 import hashlib
@@ -125,14 +125,12 @@ class Distribution(Protocol):
 
 # %% ../nbs/00_core.ipynb #f95c9363
 def expected_log_probs(
-    p: Distribution,            # draws come from here
+    p: Distribution,
     qs: Sequence[Distribution], # each is scored on the same draws
-    n: int,                     # draws
-    rng: torch.Generator,
+    x: Any,                     # draws of `p`
     rao_blackwell: bool = True, # sequences only: sum over the next token at each visited prefix
 ) -> tuple[list[Any], Any]:     # per q the (..., n) totals in nats; positions per draw (None: not a sequence)
     "Per-draw totals whose means are E_p[log q] for each q; all q see the same draws."
-    x = p.sample(n, rng)
     if rao_blackwell and hasattr(p, "expected_log_prob"):
         return p.expected_log_prob(qs, x), x.length
     return [q.log_prob(x) for q in qs], getattr(x, "length", None)
@@ -154,7 +152,7 @@ def precision(
     rao_blackwell: bool = True,
 ) -> Estimate:              # nats; at most max log p*, so read it beside the student's entropy
     "Precision E_{p″}[log p*] (Cha and Cho 2025, §2)."
-    (cross,), weights = expected_log_probs(student, [truth], n, rng, rao_blackwell)
+    (cross,), weights = expected_log_probs(student, [truth], student.sample(n, rng), rao_blackwell)
     return estimate(cross, _per(weights, per))
 
 
@@ -167,7 +165,7 @@ def recall(
     rao_blackwell: bool = True,
 ) -> Estimate:              # nats; at most −H(p*)
     "Recall E_{p*}[log p″] (Cha and Cho 2025, §2)."
-    (cross,), weights = expected_log_probs(truth, [student], n, rng, rao_blackwell)
+    (cross,), weights = expected_log_probs(truth, [student], truth.sample(n, rng), rao_blackwell)
     return estimate(cross, _per(weights, per))
 
 
@@ -179,7 +177,7 @@ def entropy(
     rao_blackwell: bool = True,
 ) -> Estimate:              # nats
     "Entropy H(p) = −E_p[log p] (differential for densities)."
-    (own,), weights = expected_log_probs(p, [p], n, rng, rao_blackwell)
+    (own,), weights = expected_log_probs(p, [p], p.sample(n, rng), rao_blackwell)
     return estimate(-own, _per(weights, per))
 
 
@@ -192,7 +190,7 @@ def kl(
     rao_blackwell: bool = True,
 ) -> Estimate:              # nats, >= 0 up to noise
     "KL(p‖q) = E_p[log p − log q], both on the same draws."
-    (own, cross), weights = expected_log_probs(p, [p, q], n, rng, rao_blackwell)
+    (own, cross), weights = expected_log_probs(p, [p, q], p.sample(n, rng), rao_blackwell)
     return estimate(own - cross, _per(weights, per))
 
 # %% ../nbs/00_core.ipynb #7730a47b
@@ -206,17 +204,17 @@ class Ruler(NamedTuple):
     kl_truth_student: Estimate # KL(p*‖p″) = −H(p*) − recall
 
 
-def measure(
+def measure_draws(
     student: Distribution,
     truth: Distribution,
-    n: int,                 # draws of each side
-    rng: torch.Generator,
+    student_draws: Any,     # drawn from the student
+    truth_draws: Any,       # drawn from the truth, never those the student was trained on
     per: str = "token",
     rao_blackwell: bool = True,
 ) -> Ruler:
-    "Precision, recall, both entropies and both divergences from one set of draws of each side."
-    (p_own, p_cross), p_weights = expected_log_probs(student, [student, truth], n, rng, rao_blackwell)
-    (t_own, t_cross), t_weights = expected_log_probs(truth, [truth, student], n, rng, rao_blackwell)
+    "The six numbers from draws that are already there."
+    (p_own, p_cross), p_weights = expected_log_probs(student, [student, truth], student_draws, rao_blackwell)
+    (t_own, t_cross), t_weights = expected_log_probs(truth, [truth, student], truth_draws, rao_blackwell)
     p_weights, t_weights = _per(p_weights, per), _per(t_weights, per)
     return Ruler(
         precision=estimate(p_cross, p_weights),
@@ -226,6 +224,18 @@ def measure(
         kl_student_truth=estimate(p_own - p_cross, p_weights),
         kl_truth_student=estimate(t_own - t_cross, t_weights),
     )
+
+
+def measure(
+    student: Distribution,
+    truth: Distribution,
+    n: int,                 # draws of each side
+    rng: torch.Generator,
+    per: str = "token",
+    rao_blackwell: bool = True,
+) -> Ruler:
+    "Precision, recall, both entropies and both divergences from one set of draws of each side."
+    return measure_draws(student, truth, student.sample(n, rng), truth.sample(n, rng), per, rao_blackwell)
 
 # %% ../nbs/00_core.ipynb #b07442f5
 class Distilled(NamedTuple):
