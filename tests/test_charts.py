@@ -1,0 +1,225 @@
+"""Charts: what is emitted, what is drawn, what is said, and what cannot be injected."""
+
+import json
+import math
+from itertools import pairwise
+
+import altair as alt
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.optimize import minimize
+
+from kdnb import charts
+from kdnb.core import Estimate
+
+VISION = {  # Machado, Oliveira and Fernandes (2009), table 1, severity 1.0
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    "normal": np.eye(3),
+}
+
+
+@pytest.fixture
+def frame():
+    return pd.DataFrame(
+        [(b, s, m, m - 0.2, m + 0.2) for s, top in (("distilled student", 4.0), ("direct student", 0.0)) for b, m in zip((1, 10, 100), (-7, -7 + top / 2, -7 + top), strict=True)],
+        columns=["beta", "series", "mean", "lo", "hi"],
+    )
+
+
+@pytest.fixture
+def plane():
+    made = pd.DataFrame({"series": ["truth", "student", "student"], "knob": [math.nan, 1.0, 0.5], "recall": [-2.0, -4.0, -5.0], "precision": [-2.0, -6.0, -3.0]})
+    return made.assign(**{f"{p}{s}": made[p] + d for p in ("recall", "precision") for s, d in (("_lo", -0.1), ("_hi", 0.1))})
+
+
+@pytest.fixture
+def every(frame, plane):
+    xs = np.linspace(-1, 1, 21)
+    bump = np.exp(-4 * (xs**2 + xs[:, None] ** 2))
+    loss = pd.DataFrame({"step": np.arange(700), "series": "teacher", "loss": np.linspace(5, 3, 700)})
+    return {
+        "curves": charts.curves(frame, "beta", "β", "nats", "A", "B", x_log=True),
+        "panels": charts.curves(pd.concat([frame.assign(panel=p) for p in ("precision", "recall", "entropy")]), "beta", "β", "nats", "A", "B"),
+        "seeds": charts.curves(frame, "beta", "β", "nats", "A", "B", seeds=frame.assign(value=frame["mean"] - 3, seed=0)),
+        "pr_plane": charts.pr_plane(plane, "A", "B", seeds=plane),
+        "symlog": charts.pr_plane(plane, "A", "B", symlog=True),
+        "density_maps": charts.density_maps({"truth": (xs, xs, bump), "student": (xs, xs, bump)}, "A", "B"),
+        "training_curves": charts.training_curves(loss, "A", "B"),
+    }
+
+
+def linear(colour):
+    c = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    "CIELAB (D65) of linear RGB."
+    xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]) @ np.clip(rgb, 0, 1)
+    f = [t ** (1 / 3) if t > (6 / 29) ** 3 else t / (3 * (6 / 29) ** 2) + 4 / 29 for t in xyz / [0.95047, 1, 1.08883]]
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_role_colours_stay_apart_for_every_reader(vision):
+    seen = {c: lab(np.asarray(VISION[vision]) @ linear(c)) for c in set(charts.ROLES.values())}
+    names = list(seen)
+    least = min(np.linalg.norm(seen[a] - seen[b]) for i, a in enumerate(names) for b in names[:i])
+    assert least > 14  # CIE76; 2.3 is a just noticeable difference
+
+
+def test_text_colours_have_wcag_contrast():
+    for colour in {*charts.ROLES.values(), *charts.OTHERS, charts.MUTED, charts.INK}:
+        assert 1.05 / (linear(colour) @ [0.2126, 0.7152, 0.0722] + 0.05) >= 4.5, colour
+
+
+def test_a_role_keeps_its_colour_and_others_differ():
+    found = charts.colours(["direct student", "Teacher, τ = 1", "distilled student", "a", "b", "a"])
+    assert found["direct student"] == charts.ROLES["direct"]
+    assert found["Teacher, τ = 1"] == charts.ROLES["teacher"]
+    assert found["distilled student"] == charts.ROLES["student"]
+    assert len(set(found.values())) == len(found) == 5
+
+
+def test_bundle_is_a_valid_deterministic_notebook_output(every):
+    for name, chart in every.items():
+        data, metadata = charts.render(chart.to_dict())
+        output = nbformat.v4.new_output("display_data", data, metadata=metadata)
+        nbformat.validate(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])]))
+        if name in ("panels", "density_maps"):
+            assert charts.render(chart.to_dict())[0] == data  # nothing random
+        assert set(data) == {charts.VEGALITE_MIME, "image/png", "text/plain"}
+        assert data["text/plain"] == chart.to_dict()["description"]
+        json.dumps(data, allow_nan=False)
+
+
+def test_import_activates_the_renderer_and_the_theme():
+    assert alt.renderers.active == "kdnb"
+    assert alt.theme.active == "kdnb"
+    bundle, _ = alt.Chart(pd.DataFrame({"x": [1]}), title="T").mark_point().encode(x="x")._repr_mimebundle_()
+    assert bundle["text/plain"] == "T"
+
+
+def test_every_chart_draws_text_with_both_vega_lite_versions(every):
+    convert = charts._vl_convert()
+    for name, chart in every.items():
+        for version in ("5.8", "6.4"):  # 5.8 is the nearest to JupyterLab's 5.6 that vl-convert has
+            svg = convert.vegalite_to_svg(chart.to_dict(), vl_version=version)
+            assert ">A<" in svg, (name, version)
+            assert svg.count("<path") > 3, (name, version)
+            assert "NaN" not in svg, (name, version)
+
+
+def test_pictures_are_sharp_white_and_not_blank(every):
+    for chart in every.values():
+        raw = charts._vl_convert().vegalite_to_png(chart.to_dict(), vl_version="6.4", ppi=144)
+        pixels = charts.decode_png(raw)
+        height, width = pixels.shape[:2]
+        assert 800 < width < 1900
+        assert height > 500
+        assert (pixels[0] == 255).all()  # an opaque white edge: nothing is cut off at the top
+        assert (pixels[:, -1] == 255).all()
+        assert (pixels[..., :3] < 100).all(-1).sum() > 300  # dark pixels: the title was drawn
+
+
+def test_png_round_trip():
+    "Our encoder against vl-convert's decoder."
+    rgb = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    png = charts.encode_png(rgb)
+    assert charts.decode_png(png) is None  # RGB: not vl-convert's
+    spec = {"width": 5, "height": 7, "padding": 0, "config": {"view": {"stroke": None}}, "data": {"values": [{}]}, "mark": {
+        "type": "image", "url": "data:image/png;base64," + charts.b64encode(png).decode(), "width": 5, "height": 7, "x": 2.5, "y": 3.5}}
+    drawn = charts.decode_png(charts._vl_convert().vegalite_to_png(spec, vl_version="6.4"))
+    np.testing.assert_array_equal(drawn[:7, :5, :3], rgb)
+
+
+@pytest.mark.parametrize("wanted", [[0.0, 1.0, 2.0], [5.0, 5.0, 5.0, 0.0], [1.0]])
+def test_spread_is_the_least_squares_answer(wanted):
+    placed = np.array(charts.spread(wanted, 1.5))
+    order = np.argsort(wanted, kind="stable")
+    gaps = [{"type": "ineq", "fun": lambda p, a=a, b=b: p[b] - p[a] - 1.5} for a, b in pairwise(order)]
+    start = np.empty(len(wanted))
+    start[order] = np.arange(len(wanted)) * 2.0
+    best = minimize(lambda p: ((p - wanted) ** 2).sum(), start, constraints=gaps)
+    np.testing.assert_allclose(placed, best.x, atol=1e-5)
+
+
+def test_labels_of_the_plane_do_not_touch(plane):
+    points = [(300.0, 200.0 + i) for i in range(6)] + [(2.0, 2.0), (398.0, 398.0)]
+    widths = [60.0] * 8
+    boxes = [(x + dx, y + dy) for (x, y), (dx, dy) in zip(points, charts.place(points, widths, (400, 400)), strict=True)]
+    assert all(abs(a[0] - b[0]) >= 60 or abs(a[1] - b[1]) >= 15 for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(30 <= x <= 370 and 7.5 <= y <= 392.5 for x, y in boxes)
+    assert charts._labels(plane, "knob") == ["truth", "student, 1", "0.5"]
+
+
+def test_values_that_are_not_finite_are_left_out(frame):
+    frame.loc[2, ["mean", "lo", "hi"]] = (-math.inf, -math.inf, math.nan)
+    spec = charts.curves(frame, "beta", "β", "nats", "A", "B").to_dict()
+    json.dumps(spec, allow_nan=False)
+    assert charts.to_png(spec)
+
+
+def test_titles_wrap_and_scales_are_said(frame):
+    spec = charts.curves(frame, "beta", "β", "nats", "word " * 40, "B", x_log=True).to_dict()
+    assert len(spec["title"]["text"]) > 1
+    assert "β (log scale)" in json.dumps(spec, ensure_ascii=False)
+
+
+def test_density_is_drawn_the_right_way_up():
+    xs, ys = np.linspace(-1, 1, 3), np.linspace(0, 1, 2)
+    spec = charts.density_maps({"truth": (xs, ys, np.array([[1.0, 0, 0], [0, 0, 0]]))}, "A", "B").to_dict()  # mass at the low left
+    pixels = charts.decode_png(charts._vl_convert().vegalite_to_png(spec, vl_version="6.4"))[..., :3].astype(int).sum(-1)
+    height, width = pixels.shape
+    assert pixels[int(height * 0.6) : int(height * 0.8), int(width * 0.1) : int(width * 0.3)].mean() < pixels[:, int(width * 0.6) :].mean() - 200
+
+
+def test_messages(frame):
+    with pytest.raises(ValueError, match=r"frame must have the columns beta, series, mean, lo, hi, got beta, series; missing: mean, lo, hi"):
+        charts.curves(frame[["beta", "series"]], "beta", "", "", "", "")
+    with pytest.raises(ValueError, match="frame must have at least one row, got none"):
+        charts.training_curves(pd.DataFrame(columns=["step", "series", "loss"]))
+    with pytest.raises(ValueError, match=r"seeds must have the columns beta, series, value, got beta, series"):
+        charts.curves(frame, "beta", "", "", "", "", seeds=frame[["beta", "series"]])
+    with pytest.raises(ValueError, match="beta must be > 0 on a log scale, got -1; use x_log=False"):
+        charts.curves(frame.assign(beta=-1), "beta", "", "", "", "", x_log=True)
+    xs = np.arange(3.0)
+    with pytest.raises(ValueError, match=r"density of 'truth' must have shape \(len\(ys\), len\(xs\)\) = \(3, 3\), got \(2, 3\)"):
+        charts.density_maps({"truth": (xs, xs, np.ones((2, 3)))}, "", "")
+    with pytest.raises(ValueError, match="density of 'truth' must be finite, >= 0 and somewhere > 0, got nan to nan"):
+        charts.density_maps({"truth": (xs, xs, np.full((3, 3), math.nan))}, "", "")
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    (Estimate(-2.64612, 0.006, -2.6581, -2.6341, 50), "−2.646 ± 0.012"),
+    (Estimate(-42.2, 4.4, -51.4, -33.0, 20), "−42.2 ± 9.2"),
+    (Estimate(123.4, 60.0, 3.4, 243.4, 20), "123 ± 120"),
+    (Estimate(1.0, 0.0, 1.0, 1.0, 20), "1.000 ± 0.000"),
+    (Estimate(-math.inf, math.inf, -math.inf, math.inf, 5), "−∞ ± ∞"),
+    (math.inf, "∞"), (-math.inf, "−∞"), (0.123456, "0.1235"), (-7, "−7"), ("held", "held"),
+])
+def test_numbers(value, said):
+    assert charts.number(value) == said
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>|`$x$ [a](b)\x1b[31m\n</td>‮"
+
+
+def test_untrusted_text_stays_text():
+    made = charts.samples_table(pd.DataFrame({"who": ["student"], "text": [HOSTILE]}), caption=HOSTILE)
+    shown = made._repr_html_()
+    assert "<script" not in shown
+    assert "<img" not in shown
+    assert shown.count("</td>") == 2
+    for made_as in (shown, made._repr_markdown_(), repr(made)):
+        assert not any(ord(c) < 32 for c in made_as.replace("\n", ""))
+        assert "‮" not in made_as
+    line = made._repr_markdown_().splitlines()[-1]
+    assert "<" not in line
+    assert line.count("|") - line.count(r"\|") == 3
+    assert "$" not in line.replace(r"\$", "")
+    assert "`" not in line.replace(r"\`", "")
