@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_rng', 'Estimate', 'estimate', 'combine', 'difference', 'verdict', 'Distribution', 'expected_log_probs',
-           'precision', 'recall', 'entropy', 'kl', 'Ruler', 'measure_draws', 'measure', 'Distilled', 'distill']
+           'precision', 'recall', 'entropy', 'kl', 'Ruler', 'ruler', 'measure_draws', 'measure', 'Distilled', 'distill']
 
 # %% ../nbs/00_core.ipynb #a6316642
 import hashlib
@@ -204,6 +204,25 @@ class Ruler(NamedTuple):
     kl_truth_student: Estimate # KL(p*‖p″) = −H(p*) − recall
 
 
+def ruler(
+    student_own: Any,             # (..., n) log p″ of each draw of the student, nats
+    student_cross: Any,           # (..., n) log p* of the same draws
+    truth_own: Any,               # (..., n) log p* of each draw of the truth, nats
+    truth_cross: Any,             # (..., n) log p″ of the same draws
+    student_weights: Any = None,  # positions per draw of the student; omitted: 1 each
+    truth_weights: Any = None,    # the same for the truth
+) -> Ruler:
+    "The six numbers from per-draw totals."
+    return Ruler(
+        precision=estimate(student_cross, student_weights),
+        recall=estimate(truth_cross, truth_weights),
+        student_entropy=estimate(-student_own, student_weights),
+        truth_entropy=estimate(-truth_own, truth_weights),
+        kl_student_truth=estimate(student_own - student_cross, student_weights),
+        kl_truth_student=estimate(truth_own - truth_cross, truth_weights),
+    )
+
+
 def measure_draws(
     student: Distribution,
     truth: Distribution,
@@ -213,17 +232,9 @@ def measure_draws(
     rao_blackwell: bool = True,
 ) -> Ruler:
     "The six numbers from draws that are already there."
-    (p_own, p_cross), p_weights = expected_log_probs(student, [student, truth], student_draws, rao_blackwell)
-    (t_own, t_cross), t_weights = expected_log_probs(truth, [truth, student], truth_draws, rao_blackwell)
-    p_weights, t_weights = _per(p_weights, per), _per(t_weights, per)
-    return Ruler(
-        precision=estimate(p_cross, p_weights),
-        recall=estimate(t_cross, t_weights),
-        student_entropy=estimate(-p_own, p_weights),
-        truth_entropy=estimate(-t_own, t_weights),
-        kl_student_truth=estimate(p_own - p_cross, p_weights),
-        kl_truth_student=estimate(t_own - t_cross, t_weights),
-    )
+    student_totals, student_weights = expected_log_probs(student, [student, truth], student_draws, rao_blackwell)
+    truth_totals, truth_weights = expected_log_probs(truth, [truth, student], truth_draws, rao_blackwell)
+    return ruler(*student_totals, *truth_totals, _per(student_weights, per), _per(truth_weights, per))
 
 
 def measure(

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from .lm import LM, Tokens, check_tokens
+from .lm import LM, Tokens, _inside, check_tokens
 from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
@@ -33,11 +33,6 @@ def _hidden(lm: LM, tokens: Tokens) -> Float[Tensor, "r h"]:
 def _next_log_prob(lm: LM, states: Float[Tensor, "r h"]) -> Float[Tensor, "r v"]:
     "Next-token log-probabilities, nats, at the model's temperature."
     return (lm.model.lm_head(states).float() / lm.tau).log_softmax(-1)
-
-
-def _inside(tokens: Tokens) -> Tensor:
-    "(n, t) True where there is a token."
-    return torch.arange(tokens.ids.shape[1]) < tokens.length[:, None]
 
 # %% ../nbs/22_scoring.ipynb #7a25046c
 @torch.inference_mode()

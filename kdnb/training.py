@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .lm import LM, Tokens, _transformers, check_tokens
+from .lm import LM, Tokens, _inside, _transformers, check_tokens
 from .progress import track
-from .scoring import _hidden, _inside, score_lm
+from .scoring import _hidden, score_lm
 
 # %% ../nbs/23_training.ipynb #6923fce9
 @dataclass(frozen=True)
