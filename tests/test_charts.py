@@ -157,6 +157,13 @@ def test_labels_of_the_plane_do_not_touch(plane):
     assert charts._labels(plane, "knob") == ["truth", "student, 1", "0.5"]
 
 
+@pytest.mark.parametrize("bad", ["\x1b[31m", "\x00", "\ufffe", "\ud800"])
+def test_control_characters_do_not_end_the_process(bad):
+    data, _ = charts.render({"title": f"a{bad}", "data": {"values": [{"a": bad}]}, "mark": "text", "encoding": {"text": {"field": "a"}}})
+    assert data["text/plain"] == f"a\\u{{{ord(bad[0]):x}}}{bad[1:]}"
+    json.dumps(data).encode()
+
+
 def test_values_that_are_not_finite_are_left_out(frame):
     frame.loc[2, ["mean", "lo", "hi"]] = (-math.inf, -math.inf, math.nan)
     spec = charts.curves(frame, "beta", "β", "nats", "A", "B").to_dict()

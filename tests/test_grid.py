@@ -1,0 +1,360 @@
+"""A grid runs in parallel, past failures, through crashes, and never twice."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import psutil
+import pytest
+
+from kdnb import grid, report
+from kdnb.grid import Job, Package, clean_notebook, fingerprint, is_finished, main
+from kdnb.store import read_json, write_json
+
+COMMAND = [sys.executable, "-c", "import sys; from kdnb.grid import main; sys.exit(main())"]
+
+
+def cell(name, source, *tags, kind="code"):
+    code = {"outputs": [], "execution_count": None} if kind == "code" else {}
+    return {"cell_type": kind, "id": name, "metadata": {"tags": list(tags)}, "source": source, **code}
+
+
+def write_notebook(path, *cells):
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}
+    write_json(path, {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KDNB_STORE", str(tmp_path / "store"))
+    return tmp_path
+
+
+def write_run(folder, text, *code, name="toy"):
+    "A run file and its notebook: parameter x, then the cells given."
+    write_notebook(folder / f"{name}.ipynb", cell("p", "x = 1", "parameters"), *(cell(f"c{i}", source) for i, source in enumerate(code)))
+    (folder / f"{name}.yaml").write_text(f"notebook: {name}.ipynb\n{text}")
+    return f"{name}.yaml"
+
+
+def start(*args):
+    return subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def descendants(process):
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def states(run):
+    return {p.parent.name: read_json(p)["state"] for p in sorted(run.glob("*/status.json"))}
+
+
+MEASURE = "from kdnb.store import Run\nrun = Run({'x': x})\nrun.write({'twice': 2 * x})"
+
+
+# --- what makes a cell finished -----------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path):
+    sources = {
+        "": "__version__ = '1'\n",
+        "a": "from .b import f\n",
+        "b": "def f():\n    import kdnb.c\n",
+        "c": "import numpy\n",
+        "d": "from . import a\n",
+        "e": "",
+    }
+    for name, source in sources.items():
+        (tmp_path / f"{name or '__init__'}.py").write_text(source)
+    return Package({name: tmp_path / f"{name or '__init__'}.py" for name in sources})
+
+
+@pytest.mark.parametrize(
+    ("source", "reached"),
+    [
+        ("import numpy", ""),
+        ("import kdnb.e", "e"),
+        ("from kdnb.b import f", "bc"),
+        ("from kdnb import d", "abcd"),
+        ("%time x = 1\n!ls\nimport kdnb.c as c", "c"),
+        ("def later():\n    from kdnb.a import f", "abc"),
+        ("from kdnbelse.a import f", ""),
+    ],
+)
+def test_code_within_reach(package, source, reached):
+    assert "".join(package.reach(source)) == reached
+
+
+def test_what_cannot_be_parsed_reaches_everything(package):
+    assert set(package.reach("x = = 1")) == {"", "a", "b", "c", "d", "e"}
+
+
+def test_the_real_package_is_found():
+    found = Package.find()
+    assert {"core", "store", "params", "grid", ""} <= set(found.files)
+    assert "grid" not in found.reach("import kdnb.store")
+
+
+def test_fingerprint_changes_with_what_matters(tmp_path, package):
+    notebook = write_notebook(tmp_path / "n.ipynb", cell("p", "x = 1", "parameters"), cell("c", "import kdnb.c"))
+    first = fingerprint(notebook, {"x": 1}, package)
+    nb = read_json(notebook)
+    nb["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "executed"}]
+    nb["cells"][1]["execution_count"] = 9
+    write_json(notebook, nb)
+    assert fingerprint(notebook, {"x": 1}, package) == first  # outputs are no source
+    (tmp_path / "c.py").write_text("# a comment\nimport  numpy\n")
+    assert fingerprint(notebook, {"x": 1}, package) == first
+    (tmp_path / "e.py").write_text("another = 'module'\n")
+    assert fingerprint(notebook, {"x": 1}, package) == first
+    others = {fingerprint(notebook, {"x": 2}, package), fingerprint(notebook, {"x": 1}, package, ["input"])}
+    (tmp_path / "c.py").write_text("import numpy as np\n")
+    others.add(fingerprint(notebook, {"x": 1}, package))
+    (tmp_path / "c.py").write_text("import numpy\n")
+    nb["cells"][1]["source"] = "import kdnb.c  # why"
+    write_json(notebook, nb)
+    others.add(fingerprint(notebook, {"x": 1}, package))
+    assert len(others | {first}) == 5
+
+
+@pytest.mark.parametrize("status", ["", "[]", "{}", '{"state": "ok", "fingerprint": "other"}', '{"state": "failed", "fingerprint": "f"}'])
+def test_not_finished(tmp_path, status):
+    job = Job("x=1", "t", tmp_path / "n.ipynb", tmp_path, {}, "f")
+    (tmp_path / "notebook.ipynb").write_text("{}")
+    (tmp_path / "status.json").write_text(status)
+    assert not is_finished(job)
+    (tmp_path / "status.json").write_text('{"state": "ok", "fingerprint": "f"}')
+    assert is_finished(job)
+    (tmp_path / "notebook.ipynb").unlink()
+    assert not is_finished(job)
+
+
+def test_clean_notebook():
+    made = cell("random", "# Parameters\nx = 2", "injected-parameters")
+    made["metadata"] |= {"papermill": {"start_time": "now"}, "execution": {"iopub.status.idle": "now"}}
+    marker = cell("m", "An Exception was encountered", "papermill-error-cell-tag", kind="markdown")
+    papermill = {"input_path": "/home/me/toy.ipynb", "output_path": "/home/me/out.ipynb", "parameters": {"x": 2}, "exception": None, "duration": 1.0}
+    nb = clean_notebook({"cells": [marker, made], "metadata": {"papermill": papermill, "kernelspec": {"name": "python3"}}})
+    assert [(c["id"], c["metadata"]) for c in nb["cells"]] == [("injected-parameters", {"tags": ["injected-parameters"]})]
+    assert nb["metadata"] == {"kernelspec": {"name": "python3"}, "papermill": {"input_path": "toy.ipynb", "parameters": {"x": 2}, "exception": False}}
+
+
+def test_a_report_that_cannot_be_drawn_does_not_cost_the_cell(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no ink\nand no paper")
+
+    monkeypatch.setattr(report, "render", broken)
+    job = Job("x=1", "t", tmp_path / "n.ipynb", tmp_path, {}, "f")
+    write_notebook(tmp_path / ".partial.ipynb")
+    grid._finish(job, "", 1.0)
+    status = read_json(tmp_path / "status.json")
+    assert (status["state"], status["error"], status["report_error"]) == ("ok", "", "RuntimeError: no ink")
+    assert is_finished(job)
+
+
+def test_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert [grid.threads_per_kernel(n) for n in (1, 3, 8, 20)] == [8, 2, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert grid.threads_per_kernel(8) == 3
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_says_what_to_type():
+    start = time.perf_counter()
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - start < 1.0 or os.getloadavg()[0] > os.cpu_count()
+    assert "kdnb_run params/gmm.yaml params/smollm2-laptop.yaml --workers 2" in done.stdout
+    assert "2    bad input; nothing was run" in done.stdout
+
+
+def test_bad_input_runs_nothing(folder, capsys):
+    good = write_run(folder, "grid: {x: [1]}", "1")
+    bad = write_run(folder, "grid: {y: [1]}\nworker: 2", name="bad")
+    assert main([good, bad, "none.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "kdnb_run: bad.yaml: worker must be a key of a run file, got 2; did you mean workers?",
+        "kdnb_run: none.yaml: run file must be a file that can be read (No such file or directory)",
+    ]
+    assert not (folder / "reports").exists()
+
+
+def test_two_run_files_of_one_name(folder, capsys):
+    (folder / "sub").mkdir()
+    write_run(folder / "sub", "")
+    assert main([write_run(folder, ""), "sub/toy.yaml"]) == 2
+    assert capsys.readouterr().err == "kdnb_run: run files must have distinct names, got toy twice\n"
+
+
+def test_unwritable_output(folder, capsys):
+    (folder / "file").write_text("not a folder")
+    assert main([write_run(folder, ""), "--out", "file/reports"]) == 2
+    assert re.fullmatch(r"kdnb_run: --out must be a folder that can be written, got .*/file/reports \(Not a directory\); choose another\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two", "1.5"])
+def test_bad_workers(folder, capsys, workers):
+    with pytest.raises(SystemExit, match="2"):
+        main(["toy.yaml", f"--workers={workers}"])
+    assert f"argument --workers: must be an integer >= 1, got '{workers}'" in capsys.readouterr().err
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def test_a_run_from_failure_to_publication(folder, capfd):
+    die = "import os, signal\nif x == 3: os.kill(os.getpid(), signal.SIGKILL)"
+    file = write_run(folder, "grid: {x: [1, 2, 3]}\nworkers: 3", "assert x != 2, f'x must not be 2, got {x}'", die, MEASURE)
+    write_notebook(folder / "toy_summary.ipynb", cell("s", "from pathlib import Path\nprint(sorted(p.parent.name for p in Path('..').glob('*/metrics.json')))"))
+    run = folder / "reports" / "toy"
+
+    assert main([file, "--publish"]) == 1
+    out, err = capfd.readouterr()
+    assert err.splitlines() == [
+        "kdnb_run: 3 failed; the same command tries again what is not finished",
+        "toy/x=2: AssertionError: x must not be 2, got 2",
+        "toy/x=3: DeadKernelError: the kernel died; it may have run out of memory",
+        "toy: not published, because some of it failed",
+    ]
+    assert "toy · x=2: failed in" in out
+    assert out.splitlines()[-1] == "toy: 4 executed, 0 already finished"
+    assert states(run) == {"summary": "ok", "x=1": "ok", "x=2": "failed", "x=3": "failed"}
+    assert sorted(p.name for p in (run / "x=1").iterdir()) == ["metrics.json", "notebook.ipynb", "report.html", "run.json", "status.json"]
+    assert "AssertionError" in (run / "x=2" / "report.html").read_text()
+    assert "['x=1']" in (run / "summary" / "notebook.ipynb").read_text()  # made although some cells failed
+    assert (folder / "reports" / "index.html").is_file()
+    assert str(folder) not in (run / "x=1" / "notebook.ipynb").read_text()
+
+    # another grid: the finished cell is kept, cells that are no longer asked for are put away
+    first = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (run / "x=1").iterdir()}
+    (folder / "toy.yaml").write_text("notebook: toy.ipynb\ngrid: {x: [1, 5]}\nworkers: 2")
+    assert main([file, "--publish"]) == 0
+    out, err = capfd.readouterr()
+    assert (err, out.splitlines()[-2:]) == ("", ["toy: 2 executed, 1 already finished", "read reports/index.html"])
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (run / "x=1").iterdir()} == first
+    assert states(run) == {"summary": "ok", "x=1": "ok", "x=5": "ok"}
+    assert sorted(p.name for p in (run / ".unused").iterdir()) == ["x=2", "x=3"]
+    assert "['x=1', 'x=5']" in (run / "summary" / "notebook.ipynb").read_text()
+    published = folder / "reports" / "published" / "toy"
+    assert sorted(str(p.relative_to(published)) for p in published.rglob("*.*")) == [
+        "summary/notebook.ipynb",
+        *(f"x={x}/{name}" for x in (1, 5) for name in ("metrics.json", "notebook.ipynb", "run.json")),
+    ]
+
+    # all is finished: quick, silent, and a lost report is only drawn again
+    begin = time.perf_counter()
+    assert main([file, "--quiet"]) == 0
+    assert time.perf_counter() - begin < 3
+    assert capfd.readouterr() == ("", "")
+    (run / "x=5" / "report.html").unlink()
+    assert main([file]) == 0
+    assert capfd.readouterr().out.splitlines()[0] == "toy: 0 executed, 3 already finished"
+    assert (run / "x=5" / "report.html").is_file()
+
+    # executing again leaves no difference
+    (folder / "toy.yaml").write_text("notebook: toy.ipynb\ngrid: {x: [1]}")
+    (folder / "toy_summary.ipynb").unlink()
+    assert main([file, "--force", "--quiet"]) == 0
+    for name in ("metrics.json", "notebook.ipynb"):
+        assert (run / "x=1" / name).read_bytes() == first[run / "x=1" / name][0]
+    assert (run / "x=1" / "status.json").stat().st_mtime_ns > first[run / "x=1" / "status.json"][1]
+
+
+def test_a_cell_that_hangs_is_ended(folder, capfd):
+    file = write_run(folder, "timeout_s: 1.5", "import subprocess, time\nsubprocess.run(['sleep', '98765'])")
+    assert main([file, "--quiet"]) == 1
+    assert capfd.readouterr().err.splitlines()[1:] == ["toy/single: TimeoutError: cell must end within timeout_s = 1.5 s"]
+    assert states(folder / "reports" / "toy") == {"single": "failed"}
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "98765"]]
+
+
+BUILD = """
+import random
+import time
+from pathlib import Path
+from kdnb.store import Run, artifact, read_json, write_json
+def build(folder):
+    rng = random.Random(0)
+    write_json(folder / 'draws.json', [rng.gauss() for _ in range(20)])
+run = Run({'x': x})
+draws = read_json(artifact('draws', {'seed': 0}, build).path / 'draws.json')
+"""
+SLOW = "if Path('../../../slow').exists() and x == 2: time.sleep(100)"
+WRITE = "run.write({'scaled': [x * d for d in draws]})"
+
+
+def test_killed_run_resumes_to_the_same_bytes(folder, monkeypatch):
+    "SIGKILL of kdnb_run in the middle of its second cell; the reference was never disturbed."
+    file = write_run(folder, "grid: {x: [1, 2]}\nworkers: 2", BUILD, SLOW, WRITE)
+    run = folder / "reports" / "toy"
+    (folder / "slow").touch()
+    victim = start(file)
+    wait_for(lambda: (run / "x=1" / "status.json").exists() and list((folder / "store" / "draws").glob("*/manifest.json")))
+    family = descendants(victim)
+    assert any("ipykernel" in " ".join(p.cmdline()) for p in family)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert not is_alive(family)  # nothing goes on without its parent
+    assert states(run) == {"x=1": "ok"}
+
+    (folder / "slow").unlink()
+    kept = (run / "x=1" / "status.json").read_bytes()
+    assert main([file, "--quiet"]) == 0
+    assert (run / "x=1" / "status.json").read_bytes() == kept  # not run again
+    monkeypatch.setenv("KDNB_STORE", str(folder / "another-store"))
+    (folder / "toy.yaml").write_text("notebook: toy.ipynb\ngrid: {x: [2]}")
+    assert main([file, "--quiet", "--out", "reference"]) == 0
+    assert (run / "x=2" / "metrics.json").read_bytes() == (folder / "reference" / "toy" / "x=2" / "metrics.json").read_bytes()
+
+
+def is_alive(processes):
+    "Those that are still there after ten seconds."
+    return [p for p in psutil.wait_procs(processes, timeout=10)[1] if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_display_ctrl_c_and_two_runs_of_one_file(folder):
+    "The first run shows its stages in a terminal and is interrupted; the second waits for its turn and does the work."
+    fit = "import time\nfrom pathlib import Path\nfrom kdnb.progress import track\nfor _ in track(range(1000) if Path('../../../slow').exists() else [0], desc='fitting'): time.sleep(0.1)"
+    file = write_run(folder, "", "open('../../../diary', 'a').write(f'{x}\\n')", fit)
+    (folder / "slow").touch()
+    here, there = pty.openpty()
+    termios.tcsetwinsize(there, (24, 160))
+    first = subprocess.Popen([*COMMAND, file], stdout=subprocess.PIPE, stderr=there, text=True)
+    os.close(there)
+    shown = ""
+    while not re.search(r"toy: +0%.* 0/1 .*single fitting \d+% 0\d:\d\d left", shown):
+        shown += os.read(here, 10_000).decode()
+    second = start(file)
+    assert second.stderr.readline() == "toy: another kdnb_run is working on it; waiting\n"
+    family = descendants(first)
+    first.send_signal(signal.SIGINT)
+    while "kdnb_run: interrupted; the same command continues" not in shown:
+        shown += os.read(here, 10_000).decode()
+    assert first.wait(timeout=20) == 130
+    first.communicate()
+    os.close(here)
+    assert not is_alive(family)
+    (folder / "slow").unlink()
+    out, err = second.communicate(timeout=60)
+    assert (second.returncode, err) == (0, "")
+    assert out.splitlines()[-2:] == ["toy: 1 executed, 0 already finished", "read reports/index.html"]
+    assert states(folder / "reports" / "toy") == {"single": "ok"}
+    assert (folder / "diary").read_text() == "1\n1\n"  # interrupted once, then to the end

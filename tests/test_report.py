@@ -1,0 +1,327 @@
+"""Reports: one file, answers first, nothing out, nothing injected."""
+
+import ast
+import json
+import math
+import re
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from browser import check_page, driver, open_page  # noqa: F401
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from kdnb import charts, report
+from kdnb.core import Estimate
+from kdnb.store import write_json
+
+ATTACKS = (
+    "<script>window.hit=1</script>",
+    "<img src=x onerror=window.hit=1>",
+    "</script><script>window.hit=1</script>",
+    "<svg onload=window.hit=1><script>window.hit=1</script></svg>",
+    "<a href='javascript:window.hit=1'>a</a><iframe srcdoc='<script>parent.hit=1</script>'></iframe>",
+    "<style>@import url(http://example.org/x.css); body{display:none}</style>",
+    "<link rel=stylesheet href=http://example.org/x.css><img src=http://example.org/x.png>",
+    "<div style='background:url(http://example.org/y.png);position:fixed'>d</div>",
+    "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 onerror=window.hit=1&gt;'>",
+    "\x1b]0;title\x07\x1b[2J<b>\x1b[31mred</b>",
+)
+HOSTILE = " ".join(ATTACKS)
+
+
+def chart_output(text="a"):
+    xs = np.linspace(-1, 1, 11)
+    chart = charts.density_maps({f"truth {text}": (xs, xs, np.exp(-(xs**2 + xs[:, None] ** 2)))}, f"T {text}", text)
+    data, metadata = charts.render(chart.to_dict())
+    return new_output("display_data", data, metadata=metadata)
+
+
+def line_output(text="a"):
+    frame = pd.DataFrame({"x": [1.0, 2.0], "series": text, "mean": [0.0, 1.0], "lo": [0.0, 0.5], "hi": [0.5, 1.5]})
+    data, metadata = charts.render(charts.curves(frame, "x", "x", "y", "T", text).to_dict())
+    return new_output("display_data", data, metadata=metadata)
+
+
+def save(folder, cells, metrics=None, run=None, **metadata):
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), folder / "notebook.ipynb")
+    if metrics is not None:
+        write_json(folder / "metrics.json", metrics)
+    if run is not None:
+        write_json(folder / "run.json", run)
+    return report.render(folder / "notebook.ipynb", folder / "report.html")
+
+
+METRICS = {
+    "parameters": {"beta": 100.0, "n_seeds": 64},
+    "headline": [{"label": "recall, nats", "estimate": Estimate(-42.2, 4.4, -51.4, -33.0, 64)}, {"label": "claim", "value": "held"}],
+}
+RUN = {"commit": "0123456789abcdef", "started": "2026-01-02T03:04:05+00:00", "wall_s": {"fit": 1.0, "total": 83.2}, "peak_memory_mb": 812, "cores": 2}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    "A report with two charts and three formulas, and its neighbours."
+    reports = tmp_path_factory.mktemp("disk") / "reports"
+    cells = [
+        new_markdown_cell("# What is asked?\n\nOf $p^*$ and\n\n$$\\alpha_k = \\frac{1}{k}$$\n\n| a | b |\n|---|---|\n| $\\beta < 2$ & more | `$x$` |"),
+        new_code_cell("beta = 100.0", metadata={"tags": ["parameters"]}),
+        new_code_cell("show()", outputs=[chart_output(), line_output(), charts_table(), new_output("stream", name="stdout", text="50%\r100%\nit costs $5 and $6\n")]),
+    ]
+    papermill = {"parameters": {"beta": 100.0, "prompt": "it's"}, "input_path": "somewhere/gmm.ipynb"}
+    save(reports / "gmm" / "beta=100", cells, METRICS, RUN, papermill=papermill)
+    save(reports / "gmm" / "beta=20", cells[:2], {**METRICS, "headline": [{"label": "recall, nats", "estimate": Estimate(-math.inf, math.inf, -math.inf, math.inf, 9)}]}, RUN)
+    save(reports / "gmm" / "beta=3", [*cells[:2], failed_cell()], None, None)
+    save(reports / "gmm" / "summary", cells[:2], METRICS, RUN)
+    (reports / "gmm" / "beta=7").mkdir()
+    report.index(reports)
+    return reports
+
+
+def charts_table():
+    made = charts.samples_table(pd.DataFrame({"who": ["truth"], "text": ["$x$ " + HOSTILE]}))
+    return new_output("display_data", {"text/html": made._repr_html_(), "text/plain": repr(made)})
+
+
+def failed_cell(message="division by zero"):
+    return new_code_cell("1 / 0", id="bad", outputs=[new_output("error", ename="ZeroDivisionError", evalue=message, traceback=["\x1b[31mZeroDivisionError\x1b[0m", message])])
+
+
+def test_import_is_quick():
+    heavy = "import sys, kdnb.report; print([m for m in ('nbconvert', 'altair', 'pandas', 'torch', 'nbformat', 'jinja2') if m in sys.modules])"
+    loaded = ast.literal_eval(subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout)
+    assert set(loaded) <= {"torch"}  # kdnb.core brings torch
+
+
+def test_header_says_the_answer_first(good):
+    page = (good / "gmm" / "beta=100" / "report.html").read_text()
+    header = page[page.index("<header") : page.index("</header>")]
+    for said in ("What is asked?", ">ok<", "−42.2 ± 9.2", "held", "took 1 min 23 s", "peak memory 0.81 GB", "commit 012345678", "2026-01-02 03:04:05 UTC",
+                 "kdnb_run params/gmm.yaml", "papermill nbs/experiments/gmm.ipynb out.ipynb -p beta 100.0 -p prompt &#39;it&#39;&#34;&#39;&#34;&#39;s&#39;", "n_seeds"):
+        assert said in header, said
+    assert page.count("What is asked?") == 2  # <title> and header: not again in the body
+    assert page.index("<header") < page.index("<main")
+    assert "50%" not in page.split("</header>")[1].replace("100%", "")
+
+
+def test_one_small_file_without_addresses(good):
+    path = good / "gmm" / "beta=100" / "report.html"
+    page = path.read_text()
+    assert path.stat().st_size < 3e6
+    assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?:https?:)?//""", re.sub(r"(?s)<script>.*?</script>", "", page))
+    assert "@import" not in page.split("<main")[0].split("<script>")[0]
+    assert "default-src 'none'" in page
+    assert str(good) not in page
+
+
+def test_same_notebook_same_file(good):
+    folder = good / "gmm" / "beta=100"
+    again = report.render(folder / "notebook.ipynb", folder / "again.html").read_bytes()
+    assert again == (folder / "report.html").read_bytes()
+    (folder / "again.html").unlink()
+    ids = re.findall(r'<figure class="chart" id="([^"]+)"', again.decode())
+    assert len(set(ids)) == 2
+
+
+def test_equal_charts_get_different_ids():
+    taken = set()
+    data, metadata = charts.render({"data": {"values": [{}]}, "mark": "point"})
+    first, second = (report.chart_html(data, metadata, taken) for _ in range(2))
+    assert first != second
+    assert len(taken) == 2
+
+
+def test_failure_is_at_the_top(good):
+    page = (good / "gmm" / "beta=3" / "report.html").read_text()
+    header = page[page.index("<header") : page.index("</header>")]
+    assert "ZeroDivisionError: division by zero" in header
+    assert 'href="#cell-id=bad"' in header
+    assert 'id="cell-id=bad"' in page
+    assert ">failed<" in header
+    assert "\x1b" not in page
+
+
+def test_papermill_error_cells_and_dead_kernels(tmp_path):
+    tagged = new_markdown_cell("<span>An Exception was encountered</span>", metadata={"tags": ["papermill-error-cell-tag"]})
+    page = save(tmp_path / "a", [tagged, new_markdown_cell("# T"), failed_cell()]).read_text()
+    assert "An Exception was encountered" not in page
+    save(tmp_path / "b", [new_markdown_cell("# T")], METRICS, papermill={"exception": True, "parameters": {}})
+    state = report.read_state(tmp_path / "b")
+    assert (state.status, state.error, state.headline) == ("failed", "the kernel stopped before the end of the notebook", [])
+
+
+def test_index_lists_every_cell(good):
+    page = (good / "index.html").read_text()
+    rows = re.findall(r"(?s)<tr[^>]*>(.*?)</tr>", page.split("<tbody>")[1])
+    names = [re.sub(r"<[^>]+>", "", re.search(r"<td.*?</td>", r)[0]) for r in rows]
+    assert names == ["summary", "beta=3", "beta=7", "beta=20", "beta=100"]
+    assert "ZeroDivisionError: division by zero" in rows[1]
+    assert "missing" in rows[2]
+    assert "−∞ ± ∞" in rows[3]
+    assert 'href="gmm/beta%3D100/report.html"' in rows[4]
+    assert "1 min 23 s" in rows[4]
+    assert report.index(good).read_text() == page
+
+
+def test_index_of_nothing(tmp_path):
+    assert "No reports yet" in report.index(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_clean_html_leaves_nothing_that_acts(attack):
+    cleaned = report.clean_html(attack)
+    assert not re.search(r"(?i)<(script|style|svg|iframe|link|math|img [^>]*src=.?(x|http|1))|\son\w+\s*=|javascript:|url\(|position", cleaned)
+
+
+def test_clean_html_keeps_tables_and_prose():
+    kept = '<table class="dataframe"><thead><tr><th colspan="2">a</th></tr></thead><tbody><tr><td style="text-align:right;">1</td></tr></tbody></table>'
+    assert report.clean_html(kept) == kept
+    picture = '<img src="data:image/png;base64,AAAA" alt="a">'
+    assert report.clean_html(picture) == picture
+    assert report.clean_html('<a href="https://arxiv.org/abs/2505.13111">paper</a>') == '<a href="https://arxiv.org/abs/2505.13111">paper</a>'
+    assert report.clean_html('<a href="data:text/html,x">a</a>') == "<a>a</a>"
+
+
+@pytest.mark.parametrize(("raw", "kept"), [
+    ("\x1b[1;31mred\x1b[0m", "\x1b[1;31mred\x1b[0m"), ("a\x1b[2Kb\x1b[1A", "ab"), ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
+    ("10%\r20%\r\n", "20%\n"), ("a\x08\x00\u202eb\t", "ab\t"), ("\x1b", "\x1b"),
+])
+def test_terminal_text(raw, kept):
+    assert report.terminal_text(raw) == kept
+    assert "\x1b" not in report.terminal_text(raw, colour=False)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(None, ""), (0.04, "0.0 s"), (9.99, "10 s"), (59.4, "59 s"), (60.0, "1 min 0 s"), (3725.0, "1 h 2 min")])
+def test_duration(seconds, said):
+    assert report.duration(seconds) == said
+
+
+def test_chart_block_cannot_be_closed_from_inside():
+    spec = {"data": {"values": [{"t": HOSTILE + "\u2028"}]}, "mark": "text"}
+    made = report.chart_html({report.VEGALITE_MIME: spec, "image/png": '"><script>', "text/plain": HOSTILE}, {}, set())
+    assert made.count("<script") == made.count("</script>") == 1
+    block = re.search(r'(?s)<script type="application/json">(.*)</script>', made)[1]
+    assert not set(block) & set("<>&\u2028")
+    assert json.loads(block) == spec
+
+
+def hostile_cells():
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" onload="window.hit=1">{ATTACKS[0]}</svg>'
+    outputs = [
+        new_output("display_data", {"text/html": HOSTILE}), new_output("display_data", {"text/markdown": f"# {HOSTILE}\n\n[a](javascript:window.hit=1) ![x](http://example.org/z.png) $\\href{{javascript:window.hit=1}}{{a}}$"}),
+        new_output("display_data", {"text/latex": f"${HOSTILE}$"}), new_output("display_data", {"image/svg+xml": svg}),
+        new_output("display_data", {"application/javascript": "window.hit=1", "text/plain": HOSTILE}),
+        new_output("display_data", {"image/png": '"><script>window.hit=1</script>'}),
+        new_output("stream", name="stdout", text=HOSTILE), new_output("stream", name="stderr", text=HOSTILE), line_output(HOSTILE), chart_output(HOSTILE), charts_table(),
+    ]
+    return [new_markdown_cell(f"# Title {ATTACKS[0]}\n\nText."), new_code_cell(HOSTILE.replace("\x1b", ""), outputs=outputs), failed_cell(HOSTILE)]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    "A run whose every text is an attack."
+    reports = tmp_path_factory.mktemp("hostile") / "reports"
+    metrics = {"parameters": {"prompt": HOSTILE}, "headline": [{"label": HOSTILE, "value": HOSTILE}]}
+    save(reports / "run" / "a=<b>", hostile_cells(), metrics, RUN, papermill={"parameters": {"prompt": HOSTILE}})
+    save(reports / "run" / "a=2", [new_markdown_cell("# T")], metrics, RUN)
+    report.index(reports)
+    return reports
+
+
+def test_hostile_files_hold_only_our_scripts(hostile):
+    for path in (hostile / "run" / "a=<b>" / "report.html", hostile / "run" / "a=2" / "report.html", hostile / "index.html"):
+        page = path.read_text()
+        scripts = re.findall(r"(?s)<script>(.*?)</script>", page)
+        allowed = {*map(report._asset, ("report.js", "reports.js")), report.vega_bundle(), report._katex()[1]}
+        assert set(scripts) <= allowed
+        assert page.count("<script") == len(scripts) + page.count('<script type="application/json">')
+        assert "\x1b" not in page
+
+
+@pytest.mark.browser
+def test_browser_draws_charts_and_formulas(good, driver):  # noqa: F811
+    check_page(driver, (good / "gmm" / "beta=100" / "report.html").as_uri(), charts=2, formulas=3)
+    assert driver.execute_script("return document.fonts.check('600 16px Inter')")
+    assert "it costs $5 and $6" in driver.find_element("css selector", "main").text  # no formula is looked for in outputs
+    assert driver.execute_script("return document.querySelectorAll('details.code[open]').length") == 0
+    driver.find_element("id", "all-code").click()
+    assert driver.execute_script("return document.querySelectorAll('details.code:not([open])').length") == 0
+    assert driver.execute_script("return document.querySelector('figure.chart svg image, figure.chart svg path') !== null")
+
+
+@pytest.mark.browser
+def test_browser_on_a_phone(good, driver):  # noqa: F811
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True})
+    try:
+        check_page(driver, (good / "gmm" / "beta=100" / "report.html").as_uri(), charts=2, formulas=3)
+        check_page(driver, (good / "index.html").as_uri())
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.browser
+def test_browser_shows_a_tooltip(good, driver):  # noqa: F811
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    open_page(driver, (good / "gmm" / "beta=100" / "report.html").as_uri())
+    point = driver.find_elements("css selector", "figure.chart .mark-symbol path")[0]
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
+    ActionChains(driver).move_to_element(point).perform()
+    WebDriverWait(driver, 5).until(lambda d: "mean" in d.find_element("css selector", "#vg-tooltip-element.visible").text)
+
+
+@pytest.mark.browser
+def test_browser_notices_a_missing_bundle(good, driver, tmp_path):  # noqa: F811
+    page = (good / "gmm" / "beta=100" / "report.html").read_text()
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.replace(f"<script>{report.vega_bundle()}</script>", ""))
+    with pytest.raises(AssertionError, match="chart not drawn"):
+        check_page(driver, broken.as_uri(), charts=2, formulas=3)
+    assert driver.execute_script("return document.querySelectorAll('figure.chart img').length") == 2  # the pictures stay
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("policy", [True, False], ids=["policy", "no policy"])
+def test_browser_runs_nothing_that_a_model_wrote(hostile, driver, tmp_path, policy):  # noqa: F811
+    for path in (hostile / "run" / "a=<b>" / "report.html", hostile / "index.html"):
+        page = path.read_text()
+        target = tmp_path / "page.html"
+        target.write_text(page if policy else re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page))
+        errors, requests = open_page(driver, target.as_uri())
+        assert requests == []
+        assert [e for e in errors if "Katex" not in e] == []
+        assert driver.execute_script("return window.hit") is None
+        assert driver.execute_script("return getComputedStyle(document.body).display") == "block"
+        assert driver.execute_script("return document.querySelectorAll('iframe, object, embed, link[rel=stylesheet]').length") == 0
+
+
+@pytest.mark.browser
+def test_browser_policy_is_a_second_lock(good, driver, tmp_path):  # noqa: F811
+    page = (good / "gmm" / "beta=20" / "report.html").read_text()
+    target = tmp_path / "page.html"
+    target.write_text(page.replace("<main", f"{ATTACKS[0]}{ATTACKS[1]}<main"))  # as if cleaning had failed
+    errors, _ = open_page(driver, target.as_uri())
+    assert driver.execute_script("return window.hit") is None
+    assert any("Content Security Policy" in e for e in errors)
+
+
+@pytest.mark.browser
+def test_browser_sorts_and_filters(good, driver):  # noqa: F811
+    check_page(driver, (good / "index.html").as_uri())
+    names = "return Array.from(document.querySelectorAll('tbody tr')).filter(r => !r.hidden).map(r => r.cells[0].textContent)"
+    head = driver.find_elements("css selector", "th button")[1]
+    head.click()
+    assert driver.execute_script(names) == ["summary", "beta=3", "beta=7", "beta=20", "beta=100"]
+    head.click()
+    assert driver.execute_script(names) == ["summary", "beta=100", "beta=20", "beta=7", "beta=3"]
+    field = driver.find_element("id", "filter")
+    field.send_keys("failed zero")
+    assert driver.execute_script(names) == ["beta=3"]
+    field.send_keys(" nothing")
+    assert driver.find_element("id", "nothing").is_displayed()
+    driver.find_element("css selector", "section.run")
