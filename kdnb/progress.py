@@ -9,6 +9,7 @@ __all__ = ['FRONT_ENDS', 'FileBar', 'is_watched', 'track']
 import contextlib
 import io
 import json
+import operator
 import os
 import sys
 import time
@@ -63,4 +64,5 @@ def track(
     with warnings.catch_warnings():  # without ipywidgets a text bar is what we want, not a warning
         warnings.simplefilter("ignore")
         from tqdm.auto import tqdm as auto
-    return auto(**options, unit_scale=unit != "it")
+    many = (total or operator.length_hint(() if iterable is None else iterable)) >= 10_000
+    return auto(**options, unit_scale=many, dynamic_ncols=True)
