@@ -330,6 +330,13 @@ def _commit() -> str | None:
         return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
     return None
 
+def _peak_memory_mb() -> int:
+    "Most memory that this process has had resident."
+    with suppress(OSError):  # Linux; getrusage there also counts what the process was before exec
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return round(int(found[1]) / 1024)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
 # %% ../nbs/40_store.ipynb #e5c327d8
 @dataclass
 class Run:
@@ -365,10 +372,9 @@ class Run:
         out = writable_folder(self.out, "out")
         head = {"schema": 1, "experiment": self.experiment, "parameters": self.parameters}
         metrics = {**head, "estimates": estimates, "claims": claims, "seeds": seeds, "device": _device(), "versions": _versions(), **extra}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         total_s = round(time.perf_counter() - self._start, 3)
         run = {"schema": 1, "commit": _commit(), "started": self.started.isoformat(timespec="seconds"), "wall_s": {**self.wall_s, "total": total_s}}
-        write_json(out / "run.json", {**run, "peak_memory_mb": round(peak), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")})
+        write_json(out / "run.json", {**run, "peak_memory_mb": _peak_memory_mb(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")})
         write_json(out / "metrics.json", metrics)
 
 # %% ../nbs/40_store.ipynb #32b273b6
