@@ -54,23 +54,25 @@ class GmmParams(Params):
 
 
 class SmolLM2Params(Params):
-    "Parameters of experiments/smollm2.ipynb."
+    "nbs/experiments/smollm2.ipynb: the truth is a real language model, teacher and student are small."
     source: str = Field("smollm2-135m-instruct", min_length=1)  # the truth: packaged weights, a folder or a hub id
-    vocab_size: int = Field(512, ge=2, le=49_152)    # tokens kept, the most frequent ones of the truth
+    vocab_size: int = Field(512, ge=8, le=49_152)    # tokens kept, those with most probability under the truth
     prompt: str = Field("The", min_length=1)
-    max_length: int = Field(16, ge=2, le=8192)       # tokens of a sequence, prompt included
-    tau: Literal["direct"] | Annotated[float, Field(gt=0)] = 0.8  # temperature of the teacher, or a student of the truth
-    n_seeds: int = Field(2, ge=2)
+    max_length: int = Field(12, ge=1, le=8191)       # most tokens after the prompt
+    tau: Literal["direct"] | Annotated[float, Field(gt=0)] = 0.8  # temperature of the teacher; direct: a student of the truth
+    n_seeds: int = Field(2, ge=2)                    # teachers and students
+    n_pilot: int = Field(32, ge=1)                   # sequences of the full model that choose the vocabulary
     n_train: int = Field(256, ge=1)                  # training sequences
-    n_eval: int = Field(64, ge=2)                    # scored sequences of each side
-    teacher_width: int = Field(64, ge=8)
+    n_select: int = Field(64, ge=1)                  # sequences that choose the epoch
+    n_eval: int = Field(64, ge=2)                    # scored sequences of each side, per seed
+    teacher_width: int = Field(64, ge=64, multiple_of=64)
     teacher_layers: int = Field(2, ge=1)
-    teacher_epochs: int = Field(1, ge=1)
-    student_width: int = Field(32, ge=8)
+    teacher_epochs: int = Field(2, ge=1)
+    student_width: int = Field(64, ge=64, multiple_of=64)
     student_layers: int = Field(1, ge=1)
-    student_epochs: int = Field(1, ge=1)
+    student_epochs: int = Field(2, ge=1)
     batch_size: int = Field(64, ge=1)                # sequences per optimiser step
-    lr: float = Field(5e-4, gt=0, le=1)              # peak learning rate of AdamW
+    lr: float = Field(2e-3, gt=0, le=1)              # peak learning rate of AdamW
     seed: int = Field(0, ge=0)
 
 
@@ -78,7 +80,7 @@ MODELS = {"gmm": GmmParams, "smollm2": SmolLM2Params}  # by the notebook's stem
 
 # %% ../nbs/41_params.ipynb #7a25046c
 KINDS = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "array": "a list", "object": "a mapping", "null": "nothing"}
-BOUNDS = {"exclusiveMinimum": "> {}", "minimum": ">= {}", "exclusiveMaximum": "< {}", "maximum": "<= {}", "minLength": "of length >= {}"}
+BOUNDS = {"exclusiveMinimum": "> {}", "minimum": ">= {}", "exclusiveMaximum": "< {}", "maximum": "<= {}", "minLength": "of length >= {}", "multipleOf": "a multiple of {}"}
 
 
 def describe(
@@ -289,6 +291,8 @@ def _load(path: Path) -> RunFile:
     for key, file in (("notebook", notebook), ("summary", summary)):
         if file and not file.is_file():
             raise ParamsError([f"{key} must be a file, got {getattr(spec, key)}; a path is relative to the run file"])
+        if file:
+            read_parameters(file)  # it must be a notebook, too
     if lines := _grid_problems(params_model(notebook), spec, notebook.name):
         raise ParamsError(lines)
     return RunFile(path.stem, notebook, summary, spec.params, spec.grid, spec.workers, spec.timeout_s)

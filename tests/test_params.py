@@ -147,8 +147,9 @@ def test_not_text(folder):
 @pytest.mark.parametrize("content", ["no json", "[]", "{}", '{"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "n = ("}]}'])
 def test_not_a_notebook(folder, content):
     (folder / "bad.ipynb").write_text(content)
-    (line,) = lines(write_run(folder, "notebook: bad.ipynb"))
-    assert line.startswith(f"notebook must be a Jupyter notebook with Python cells, got {folder / 'bad.ipynb'} (")
+    for text in ("notebook: bad.ipynb", "notebook: toy.ipynb\nsummary: bad.ipynb"):
+        (line,) = lines(write_run(folder, text))
+        assert line.startswith(f"notebook must be a Jupyter notebook with Python cells, got {folder / 'bad.ipynb'} (")
 
 
 @pytest.mark.parametrize("name", ["...yaml", "a b.yaml", ".hidden.yaml", "published.yaml", "-x.yaml"])
@@ -206,8 +207,9 @@ def test_a_copy_with_another_parameter_is_checked_by_types(folder):
         (GmmParams, {"student_components": 30, "n_student": 20}, "student_components must be <= n_student = 20, got 30"),
         (SmolLM2Params, {"tau": 0}, 'tau must be "direct" or a number > 0, got 0'),
         (SmolLM2Params, {"tau": "Direct"}, 'tau must be "direct" or a number > 0, got \'Direct\''),
-        (SmolLM2Params, {"vocab_size": 50_000}, "vocab_size must be an integer >= 2 and <= 49152, got 50000"),
-        (SmolLM2Params, {"max_length": 8193}, "max_length must be an integer >= 2 and <= 8192, got 8193"),
+        (SmolLM2Params, {"vocab_size": 50_000}, "vocab_size must be an integer >= 8 and <= 49152, got 50000"),
+        (SmolLM2Params, {"max_length": 8192}, "max_length must be an integer >= 1 and <= 8191, got 8192"),
+        (SmolLM2Params, {"teacher_width": 100}, "teacher_width must be an integer >= 64 and a multiple of 64, got 100"),
         (SmolLM2Params, {"lr": 2}, "lr must be a number > 0 and <= 1, got 2"),
         (SmolLM2Params, {"prompt": ""}, "prompt must be text of length >= 1, got ''"),
         (SmolLM2Params, {"seed": -1}, "seed must be an integer >= 0, got -1"),
