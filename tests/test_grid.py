@@ -220,6 +220,7 @@ def test_bad_workers(folder, capsys, workers):
 # --- runs ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_from_failure_to_publication(folder, capfd):
     die = "import os, signal\nif x == 3: os.kill(os.getpid(), signal.SIGKILL)"
     file = write_run(folder, "grid: {x: [1, 2, 3]}\nworkers: 3", "assert x != 2, f'x must not be 2, got {x}'", die, MEASURE)
@@ -301,6 +302,7 @@ SLOW = "if Path('../../../slow').exists() and x == 2: time.sleep(100)"
 WRITE = "run.write({'scaled': [x * d for d in draws]})"
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bytes(folder, monkeypatch):
     "SIGKILL of kdnb_run in the middle of its second cell; the reference was never disturbed."
     file = write_run(folder, "grid: {x: [1, 2]}\nworkers: 2", BUILD, SLOW, WRITE)
@@ -330,6 +332,7 @@ def is_alive(processes):
     return [p for p in psutil.wait_procs(processes, timeout=10)[1] if p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_display_ctrl_c_and_two_runs_of_one_file(folder):
     "The first run shows its stages in a terminal and is interrupted; the second waits for its turn and does the work."
     fit = "import time\nfrom pathlib import Path\nfrom kdnb.progress import track\nfor _ in track(range(1000) if Path('../../../slow').exists() else [0], desc='fitting'): time.sleep(0.1)"
