@@ -29,7 +29,7 @@ def driver(tmp_path_factory):
 
 
 def open_page(driver, address):
-    "Load a page and wait until its charts are drawn; its console errors and its requests to other places."
+    "Load a page and wait until its charts are drawn; its console errors and its requests to other places (the browser's own new tab aside)."
     from selenium.webdriver.support.ui import WebDriverWait
 
     driver.get_log("browser"), driver.get_log("performance")
@@ -40,7 +40,7 @@ def open_page(driver, address):
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-    return errors, [url for url in asked if not url.startswith(("data:", "blob:", "file:"))]
+    return errors, [url for url in asked if not url.startswith(("data:", "blob:", "file:", "chrome:"))]
 
 
 def check_page(driver, address, charts=0, formulas=0):
