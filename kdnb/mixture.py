@@ -28,14 +28,15 @@ def as_float64(
 
 def as_points(
     x: Array,                    # (*b, n, d)
+    name: str = "x",             # what errors call it
 ) -> Float64[Tensor, "*b n d"]:  # the same points, known to be finite
     "Points as a float64 tensor; a missing axis, NaN and infinities are refused."
     x = as_float64(x)
     if x.ndim < 2:
-        raise ValueError(f"x must have shape (..., n, d), got {tuple(x.shape)}; a single point is x[None], a single feature x[:, None]")
+        raise ValueError(f"{name} must have shape (..., n, d), got {tuple(x.shape)}; a single point is {name}[None], a single feature {name}[:, None]")
     if not (finite := x.isfinite()).all():
         at = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"x must be finite, got {x[tuple(at)].item()} at {at}; drop or repair that point")
+        raise ValueError(f"{name} must be finite, got {x[tuple(at)].item()} at {at}; drop or repair that point")
     return x
 
 # %% ../nbs/10_mixture.ipynb #7a25046c
@@ -134,8 +135,8 @@ def _check_mixture(
     if covs.ndim <= means.ndim:
         if not ((covs > 0) & covs.isfinite()).all():
             _fail_at("covs", "be positive and finite", covs, ~((covs > 0) & covs.isfinite()), "these are variances, not deviations")
-    elif not torch.allclose(covs, covs.mT, rtol=1e-8, atol=0):  # NaN is not close to itself
-        _fail_at("covs", "be symmetric", covs, ~torch.isclose(covs, covs.mT, rtol=1e-8, atol=0), "use (c + c.mT) / 2")
+    elif not (symmetric := (covs - covs.mT).abs() <= 1e-8 * covs.abs().amax((-2, -1), keepdim=True)).all():
+        _fail_at("covs", "be symmetric", covs, ~symmetric, "use (c + c.mT) / 2")
     elif (failed := torch.linalg.cholesky_ex(covs).info > 0).any():
         _fail_at("covs", "be positive definite", torch.linalg.eigvalsh(covs)[..., 0], failed, "that is the smallest eigenvalue; add a multiple of the identity")
 
