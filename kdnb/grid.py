@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -172,6 +173,13 @@ def end_tree(pid: int) -> None:
                 process.kill()
 
 
+def _server() -> Any:
+    "Where workers are forked from: a process that has imported what takes seconds to import."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["papermill", "nbconvert.exporters.html", "bleach", "kdnb.grid", "kdnb.report"])
+    return context
+
+
 def _follow_parent() -> None:
     "End this process and its kernel when the parent is gone, however it went."
     multiprocessing.parent_process().join()
@@ -236,8 +244,7 @@ def run_jobs(
     quiet: bool = False,      # no line per job
 ) -> dict[str, dict]:         # name -> status
     "Execute jobs in worker processes, past failures."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["papermill", "nbconvert.exporters.html", "bleach", "kdnb.grid", "kdnb.report"])
+    context = _server()
     waiting, running, done = list(jobs), {}, {}
     with tempfile.TemporaryDirectory(prefix="kdnb-") as sockets:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "JUPYTER_RUNTIME_DIR": sockets}
@@ -423,6 +430,12 @@ def _index(out: Path) -> str:
     return ""
 
 
+def _index_in_worker(out: Path) -> str:
+    "The same, in a process that has everything imported already."
+    with ProcessPoolExecutor(1, mp_context=_server()) as pool:
+        return pool.submit(_index, out.absolute()).result()
+
+
 def _run_all(args: argparse.Namespace) -> list[str]:  # one line for each thing that failed
     "Run every file in turn."
     failed, out, changed = [], Path(args.out), False
@@ -439,7 +452,7 @@ def _run_all(args: argparse.Namespace) -> list[str]:  # one line for each thing 
         elif args.publish:
             errors.append(f"{run.name}: not published, because some of it failed")
         failed += errors
-    if (changed or not (out / "index.html").is_file()) and (error := _index(out)):
+    if (changed or not (out / "index.html").is_file()) and (error := _index_in_worker(out)):
         failed.append(f"index.html: not made: {error}")
     if not args.quiet and not failed:
         print(f"read {out / 'index.html'}")

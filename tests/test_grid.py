@@ -8,12 +8,14 @@ import subprocess
 import sys
 import termios
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
 from kdnb import grid, report
 from kdnb.grid import Job, Package, clean_notebook, fingerprint, is_finished, main
+from kdnb.params import load_run
 from kdnb.store import read_json, write_json
 
 COMMAND = [sys.executable, "-c", "import sys; from kdnb.grid import main; sys.exit(main())"]
@@ -333,7 +335,7 @@ def is_alive(processes):
 
 
 @pytest.mark.slow
-def test_display_ctrl_c_and_two_runs_of_one_file(folder):
+def test_display_ctrl_c_and_two_runs_of_one_file(folder, capfd):
     "The first run shows its stages in a terminal and is interrupted; the second waits for its turn and does the work."
     fit = "import time\nfrom pathlib import Path\nfrom kdnb.progress import track\nfor _ in track(range(1000) if Path('../../../slow').exists() else [0], desc='fitting'): time.sleep(0.1)"
     file = write_run(folder, "", "open('../../../diary', 'a').write(f'{x}\\n')", fit)
@@ -345,19 +347,21 @@ def test_display_ctrl_c_and_two_runs_of_one_file(folder):
     shown = ""
     while not re.search(r"toy: +0%.* 0/1 .*single fitting \d+% 0\d:\d\d left", shown):
         shown += os.read(here, 10_000).decode()
-    second = start(file)
-    assert second.stderr.readline() == "toy: another kdnb_run is working on it; waiting\n"
-    family = descendants(first)
-    first.send_signal(signal.SIGINT)
-    while "kdnb_run: interrupted; the same command continues" not in shown:
-        shown += os.read(here, 10_000).decode()
-    assert first.wait(timeout=20) == 130
-    first.communicate()
-    os.close(here)
-    assert not is_alive(family)
-    (folder / "slow").unlink()
-    out, err = second.communicate(timeout=60)
-    assert (second.returncode, err) == (0, "")
-    assert out.splitlines()[-2:] == ["toy: 1 executed, 0 already finished", "read reports/index.html"]
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(grid.run_grid, load_run(file), quiet=True)
+        waiting = ""
+        while not waiting:
+            waiting = capfd.readouterr().err
+        assert waiting == "toy: another kdnb_run is working on it; waiting\n"
+        family = descendants(first)
+        first.send_signal(signal.SIGINT)
+        while "kdnb_run: interrupted; the same command continues" not in shown:
+            shown += os.read(here, 10_000).decode()
+        (folder / "slow").unlink()
+        assert first.wait(timeout=20) == 130
+        first.communicate()
+        os.close(here)
+        assert not is_alive(family)
+        assert second.result(timeout=60)["single"]["ran"]
     assert states(folder / "reports" / "toy") == {"single": "ok"}
     assert (folder / "diary").read_text() == "1\n1\n"  # interrupted once, then to the end
