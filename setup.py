@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -26,7 +26,7 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
     ],
-    packages=find_packages(include=["kdnb", "kdnb.*"]),
+    packages=find_namespace_packages(include=["kdnb", "kdnb.*"], exclude=["*.__pycache__"]),
     package_data={"kdnb": ["assets/**/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
