@@ -21,8 +21,8 @@ from .core import Ruler, make_rng, ruler
 from .lm import LM, Tokens, keep_vocab, llama_config, load_lm, load_tokens, new_lm, save_lm, save_tokens
 from .sampling import sample_lm
 from .scoring import log_probs, token_mass
-from .store import Artifact, Recipe, artifacts, read_json, write_json
-from .training import TrainConfig, train_lm
+from .store import Artifact, Recipe, artifacts, read_json, store_root, write_json
+from .training import Checkpoint, TrainConfig, train_lm
 
 # %% ../nbs/30_pipeline.ipynb #6923fce9
 SHARD = 256  # sequences of the truth per artifact
@@ -131,15 +131,18 @@ class Pipeline:
             config = llama_config(self.truth.vocab_size, sizes["width"], sizes["layers"], positions=len(self.truth.prompt_ids) + p.max_length)
             start = new_lm(config, make_rng(p.seed, role, seed).initial_seed(), like=self.truth)
             train, select = tokens()
+            halfway = Checkpoint(store_root() / "halfway" / made.key)
             done = train_lm(
                 start, train, TrainConfig(epochs=sizes["epochs"], batch_size=p.batch_size, lr=p.lr),
-                rng=make_rng(p.seed, role, "order", seed), heldout=select, desc=f"{role} {seed}",
+                rng=make_rng(p.seed, role, "order", seed), heldout=select, checkpoint=halfway, desc=f"{role} {seed}",
             )
             save_lm(done.lm, folder)
             write_json(folder / "history.json", {"steps": done.history, "heldout": done.heldout})
+            halfway.remove()
 
         facts = {**facts, **sizes, "role": role, "seed": seed, "run_seed": p.seed, "batch_size": p.batch_size, "lr": p.lr}
-        return Recipe(role, facts, build, tuple(r.key for r in data), (lm_module, scoring_module, training_module))
+        made = Recipe(role, facts, build, tuple(r.key for r in data), (lm_module, scoring_module, training_module))
+        return made
 
     def _teacher_recipe(self, seed: int) -> Recipe:
         splits = self._splits()
