@@ -7,6 +7,7 @@ __all__ = ['PSEUDO_COUNT', 'ROUNDING', 'BLOCK_BYTES', 'EMFit', 'fit_em']
 
 # %% ../nbs/11_em.ipynb #a6316642
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,26 +21,35 @@ from .progress import track
 def _standardise(
     x: Float64[Tensor, "b n d"],
     covariance: str,
+    w: Float64[Tensor, "b n"] | None = None,  # weights of the points, mean 1; None: all alike
 ) -> tuple[Float64[Tensor, "b n d"], Float64[Tensor, "b d"], Float64[Tensor, "b d"]]:  # standardised points, centre, scale
     "Each problem with mean 0 and variance 1 (spherical: mean variance 1)."
-    if (constant := (x == x[:, :1]).all(1)).any():
+    one = x[:, :1] if w is None else x.take_along_dim(w.argmax(1)[:, None, None], 1)
+    if (constant := ((x == one) if w is None else (x == one) | (w == 0)[..., None]).all(1)).any():
         problem, feature = constant.nonzero()[0].tolist()
         raise ValueError(
-            f"x must vary in every feature, got only {x[problem, 0, feature].item()} in feature {feature} of problem {problem};"
+            f"x must vary in every feature, got only {one[problem, 0, feature].item()} in feature {feature} of problem {problem};"
             " drop the feature: a density there would be infinite"
         )
-    centre = x.mean(1)
+    centre = x.mean(1) if w is None else (x * w[..., None]).mean(1)
     z = x - centre[:, None]
-    variance = z.square().mean(1)
+    variance = z.square().mean(1) if w is None else (z.square() * w[..., None]).mean(1)
     if covariance == "spherical":
         variance = variance.mean(1, keepdim=True).expand_as(variance)
     scale = variance.sqrt()
     return z / scale[:, None], centre, scale
 
 
-def _pairs(d: int, device: torch.device) -> Int64[Tensor, "2 p"]:
-    "The index pairs i <= j of a symmetric matrix, row by row."
-    return torch.triu_indices(d, d, device=device)
+@cache
+def _packing(
+    d: int,
+    device: torch.device,
+) -> tuple[Int64[Tensor, "p"], Int64[Tensor, "p"], Int64[Tensor, "d d"]]:  # i, j, and where (i, j) stands among the pairs
+    "The pairs i <= j of a symmetric matrix, row by row."
+    i, j = torch.triu_indices(d, d, device=device)
+    place = torch.empty(d, d, dtype=torch.int64, device=device)
+    place[i, j] = place[j, i] = torch.arange(len(i), device=device)
+    return i, j, place
 
 
 def _features(
@@ -49,7 +59,7 @@ def _features(
     "Sufficient statistics of each point: 1, z, and |z|² (spherical), z² (diag) or the products z_i z_j, i <= j (full)."
     z = z.mT.contiguous()
     if covariance == "full":
-        i, j = _pairs(z.shape[1], z.device)
+        i, j, _ = _packing(z.shape[1], z.device)
         second = z[:, i] * z[:, j]
     else:
         second = z.square()
@@ -78,7 +88,7 @@ def _coefficients(
         log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         precision = torch.cholesky_inverse(root)
         linear = (precision @ p.means[..., None]).squeeze(-1)
-        i, j = _pairs(d, precision.device)
+        i, j, _ = _packing(d, precision.device)
         quadratic = precision.flatten(-2).index_select(-1, i * d + j) * torch.where(i == j, -0.5, -1.0)
     else:
         diagonal = p.covs.ndim == p.means.ndim
@@ -115,10 +125,7 @@ def _parameters(
     moments = moments + PSEUDO_COUNT * of_all[:, None, None]
     count, means, second = moments[..., 0], moments[..., 1 : d + 1] / moments[..., :1], moments[..., d + 1 :] / moments[..., :1]
     if covariance == "full":
-        i, j = _pairs(d, means.device)
-        place = torch.zeros(d, d, dtype=torch.int64, device=means.device)
-        place[i, j] = place[j, i] = torch.arange(len(i), device=means.device)  # where each product stands in `second`
-        square = second.index_select(-1, place.flatten()).unflatten(-1, (d, d))
+        square = second.index_select(-1, _packing(d, means.device)[2].flatten()).unflatten(-1, (d, d))
         covs = _floor_eigenvalues(square - means[..., :, None] * means[..., None, :], floor)
     elif covariance == "diag":
         covs = (second - means.square()).clamp_min(floor)
@@ -139,19 +146,22 @@ def _mean_log(
 def _expect(
     p: _Parameters,
     features: Float64[Tensor, "b f n"],
-    resp: Float64[Tensor, "b r k n"],    # overwritten with the responsibilities
-) -> Float64[Tensor, "b r"]:             # nats per point
+    resp: Float64[Tensor, "b r k n"],         # overwritten with the responsibilities
+    w: Float64[Tensor, "b n"] | None = None,  # weights of the points, mean 1
+) -> Float64[Tensor, "b r"]:                  # nats per point
     "The E-step: responsibilities in place, and the mean log-likelihood."
     torch.bmm(_coefficients(p).flatten(1, 2), features, out=resp.flatten(1, 2))
     top = resp.amax(2, keepdim=True)
     total = resp.sub_(top).exp_().sum(2, keepdim=True)
     resp.div_(total)
-    return _mean_log(total[:, :, 0]) + top.mean((2, 3))
+    if w is None:
+        return _mean_log(total[:, :, 0]) + top.mean((2, 3))
+    return (total.log_().add_(top)[:, :, 0] * w[:, None]).mean(-1)
 
 
 def _maximise(
     resp: Float64[Tensor, "b r k n"],
-    features: Float64[Tensor, "b f n"],
+    features: Float64[Tensor, "b f n"],  # times the weights of the points, if there are any
     of_all: Float64[Tensor, "b f"],
     covariance: str,
     floor: float,
@@ -163,13 +173,18 @@ def _maximise(
 # %% ../nbs/11_em.ipynb #3b4708b8
 def _draw_centres(
     features: Float64[Tensor, "b f n"],
-    uniform: Float64[Tensor, "b r k"],   # one draw per centre
+    uniform: Float64[Tensor, "b r k"],        # one draw per centre
     d: int,
+    w: Float64[Tensor, "b n"] | None = None,  # weights of the points, mean 1
 ) -> Float64[Tensor, "b r k d"]:
     "k-means++ centres (Arthur and Vassilvitskii 2007)."
     z, n = features[:, 1 : d + 1], features.shape[2]
     square = z.square().sum(1, keepdim=True)
-    index = (uniform[..., 0] * n).long()                             # (b, r)
+    if w is None:
+        index = (uniform[..., 0] * n).long()                         # (b, r)
+    else:
+        cumulative = w.cumsum(-1)
+        index = torch.searchsorted(cumulative, uniform[..., 0] * cumulative[:, -1:], right=True).clamp_max(n - 1)
     nearest = torch.full((*index.shape, n), math.inf, dtype=z.dtype, device=z.device)
     centres = []
     while True:
@@ -179,7 +194,7 @@ def _draw_centres(
             return torch.stack(centres, 2)
         distance = square - 2 * torch.bmm(centre, z) + centre.square().sum(-1, keepdim=True)
         nearest = torch.minimum(nearest, distance.clamp_min_(0))
-        cumulative = nearest.cumsum(-1)
+        cumulative = (nearest if w is None else nearest * w[:, None]).cumsum(-1)
         target = uniform[..., len(centres), None] * cumulative[..., -1:]
         index = torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(n - 1)
 
@@ -187,7 +202,7 @@ def _draw_centres(
 def _start(
     centres: Float64[Tensor, "b r k d"],
     features: Float64[Tensor, "b f n"],
-    of_all: Float64[Tensor, "b f"],
+    weighted: Float64[Tensor, "b f n"],  # features times the weights of the points
     covariance: str,
     floor: float,
 ) -> _Parameters:
@@ -196,7 +211,7 @@ def _start(
     closeness = torch.cat([-0.5 * centres.square().sum(-1, keepdim=True), centres], -1).flatten(1, 2)
     near = torch.bmm(closeness, features[:, : d + 1]).unflatten(1, (r, k))
     resp = (near == near.amax(2, keepdim=True)).to(features.dtype)  # centres that coincide share their points
-    p = _maximise(resp.div_(resp.sum(2, keepdim=True)), features, of_all, covariance, floor)
+    p = _maximise(resp.div_(resp.sum(2, keepdim=True)), weighted, weighted.mean(-1), covariance, floor)
     shares = p.weights.reshape(*p.weights.shape, *[1] * (p.covs.ndim - p.weights.ndim))
     return p._replace(covs=(shares * p.covs).sum(2, keepdim=True).expand_as(p.covs))
 
@@ -216,17 +231,19 @@ def _climb(
     floor: float,
     max_iter: int,
     tol: float,
+    w: Float64[Tensor, "b n"] | None = None,  # weights of the points, mean 1
 ) -> _Climb:
     "EM from `p` until each start's own gain in log-likelihood is at most `tol`."
-    of_all = features.mean(-1)
+    weighted = features if w is None else features * w[:, None]
+    of_all = weighted.mean(-1)
     resp = features.new_empty(*p.means.shape[:3], features.shape[2])
-    log_likelihood = _expect(p, features, resp)
+    log_likelihood = _expect(p, features, resp, w)
     climbing = torch.ones_like(log_likelihood, dtype=torch.bool)
     found = _Climb(_Parameters(*(a.clone() for a in p)), log_likelihood, torch.zeros_like(climbing, dtype=torch.int64), ~climbing)
     rows = torch.arange(len(features), device=features.device)
     for step in range(1, max_iter + 1):
-        before, p = log_likelihood, _maximise(resp, features, of_all, covariance, floor)
-        log_likelihood = _expect(p, features, resp)
+        before, p = log_likelihood, _maximise(resp, weighted, of_all, covariance, floor)
+        log_likelihood = _expect(p, features, resp, w)
         arrived = climbing & ~(log_likelihood - before > tol)
         leaving = climbing if step == max_iter else arrived
         if not leaving.any():
@@ -237,6 +254,7 @@ def _climb(
         climbing = climbing & ~arrived
         if (stay := climbing.any(1)).sum() <= len(rows) // 2:
             rows, climbing, features, of_all, resp, log_likelihood = (a[stay] for a in (rows, climbing, features, of_all, resp, log_likelihood))
+            w, weighted = (None, features) if w is None else (w[stay], weighted[stay])
             if not len(rows):
                 break
     return found
@@ -252,6 +270,7 @@ class EMFit(NamedTuple):
 
 def _fit_block(
     x: Float64[Tensor, "b n d"],
+    w: Float64[Tensor, "b n"] | None,            # weights of the points, mean 1
     centres: Float64[Tensor, "b 1 k d"] | None,  # given starts, in data units
     uniform: Float64[Tensor, "b r k"] | None,    # or the draws that choose them
     covariance: str,
@@ -260,10 +279,11 @@ def _fit_block(
     floor: float,
 ) -> tuple[Tensor, ...]:                         # the fields of the mixture in data units, then those of the fit
     "The likeliest start of each problem."
-    z, centre, scale = _standardise(x, covariance)
+    z, centre, scale = _standardise(x, covariance, w)
     features = _features(z, covariance)
-    centres = _draw_centres(features, uniform, x.shape[2]) if centres is None else (centres - centre[:, None, None]) / scale[:, None, None]
-    climb = _climb(_start(centres, features, features.mean(-1), covariance, floor), features, covariance, floor, max_iter, tol)
+    centres = _draw_centres(features, uniform, x.shape[2], w) if centres is None else (centres - centre[:, None, None]) / scale[:, None, None]
+    start = _start(centres, features, features if w is None else features * w[:, None], covariance, floor)
+    climb = _climb(start, features, covariance, floor, max_iter, tol, w)
     best = torch.arange(len(x), device=x.device), climb.log_likelihood.argmax(1)
     weights, means, covs, log_likelihood, n_iter, converged = (a[best] for a in (*climb.parameters, *climb[1:]))
     unit = {"spherical": scale[:, :1] ** 2, "diag": scale[:, None] ** 2, "full": scale[:, None, :, None] * scale[:, None, None, :]}[covariance]
@@ -292,6 +312,19 @@ def _given_centres(means_init: Array, batch: list[int], k: int, d: int) -> Float
         raise ValueError(f"means_init must have shape {' or '.join(map(str, shapes))}, got {tuple(centres.shape)}")
     return centres.expand(*batch, k, d).reshape(-1, 1, k, d)
 
+
+def _mean_one(weights: Array, n: int) -> Float64[Tensor, "*b n"]:
+    "Weights of points, scaled to mean 1."
+    w = as_float64(weights)
+    if not w.ndim or w.shape[-1] != n:
+        raise ValueError(f"weights must hold one number per point on the last axis, {n}, got shape {tuple(w.shape)}")
+    if not ((w >= 0) & w.isfinite()).all():
+        at = (~((w >= 0) & w.isfinite())).nonzero()[0].tolist()
+        raise ValueError(f"weights must be finite and >= 0, got {w[tuple(at)].item()} at {at}; a point may have weight 0")
+    if not (total := w.mean(-1, keepdim=True)).all():
+        raise ValueError(f"weights must not all be 0, as they are in problem {(total[..., 0] == 0).nonzero()[0].tolist()}; drop that problem")
+    return w / total
+
 # %% ../nbs/11_em.ipynb #b07442f5
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of one block's features and responsibilities: fits a cache; keeps a GPU busy
 
@@ -301,6 +334,7 @@ def fit_em(
     n_components: int,                   # between 1 and n
     covariance: str = "diag",            # "spherical", "diag" or "full"
     *,
+    weights: Array | None = None,        # (*b, n) or (n,): what each point counts for; extra axes are problems that share x
     rng: torch.Generator | None = None,  # draws the starts; not needed for one component or with `means_init`
     n_init: int = 4,                     # starts per problem; the likeliest is returned
     means_init: Array | None = None,     # (*b, k, d) or (k, d): one start, from these means
@@ -310,6 +344,10 @@ def fit_em(
 ) -> EMFit:
     "Gaussian mixtures of greatest likelihood by EM (Dempster, Laird and Rubin 1977), a batch at a time."
     x = as_points(x)
+    w = None if weights is None else _mean_one(weights, x.shape[-2]).to(x.device)
+    if w is not None:
+        batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-1])
+        x, w = x.expand(*batch, *x.shape[-2:]), w.expand(*batch, -1).reshape(-1, x.shape[-2])
     (*batch, n, d), k, uniform = x.shape, n_components, None
     _check_request(n, k, covariance, n_init, max_iter, tol, reg)
     x = x.reshape(-1, n, d)
@@ -322,11 +360,11 @@ def fit_em(
     else:
         centres, uniform = None, torch.rand(len(x), n_init, k, generator=rng, dtype=torch.float64, device=rng.device).to(x.device)
     starts = n_init if centres is None else 1
-    features = 1 + d + {"spherical": 1, "diag": d, "full": d * (d + 1) // 2}[covariance]
+    features = (1 + d + {"spherical": 1, "diag": d, "full": d * (d + 1) // 2}[covariance]) * (1 if w is None else 2)
     size = max(1, BLOCK_BYTES[x.device.type] // (8 * n * (features + starts * k)))
     blocks = [slice(i, i + size) for i in range(0, len(x), size)]
     fits = [
-        _fit_block(x[at], None if centres is None else centres[at], None if uniform is None else uniform[at], covariance, max_iter, tol, max(reg, ROUNDING))
+        _fit_block(x[at], *(None if a is None else a[at] for a in (w, centres, uniform)), covariance, max_iter, tol, max(reg, ROUNDING))
         for at in track(blocks, desc="EM", unit="block")
     ]
     weights, means, covs, log_likelihood, n_iter, converged = (torch.cat(a).unflatten(0, batch) if batch else a[0].squeeze(0) for a in zip(*fits, strict=True))
