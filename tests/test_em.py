@@ -245,3 +245,57 @@ def test_refused(message):
 def test_starts_need_a_generator():
     with pytest.raises(TypeError, match=re.escape("rng must be a torch.Generator, got None; pass kdnb.core.make_rng(seed), or means_init")):
         fit_em(X, 2)
+
+
+@pytest.mark.parametrize("kind", ["spherical", "diag", "full"])
+def test_a_point_of_weight_three_is_three_points(kind):
+    x = points(seed=1)
+    copies = np.arange(len(x)) % 4
+    start = x[[1, 2, 3, 5]]
+    weighted = fit_em(x, 4, kind, weights=copies, means_init=start)
+    repeated = fit_em(np.repeat(x, copies, axis=0), 4, kind, means_init=start)
+    assert weighted.n_iter == repeated.n_iter
+    np.testing.assert_allclose(weighted.log_likelihood, repeated.log_likelihood, rtol=1e-10)
+    np.testing.assert_allclose(weighted.mixture.means, repeated.mixture.means, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(weighted.mixture.covs, repeated.mixture.covs, rtol=1e-7, atol=1e-9)
+
+
+def test_equal_weights_change_nothing_and_their_scale_does_not_matter():
+    x = points(seed=2)
+    plain, equal = fit_em(x, 3, rng=make_rng(1)), fit_em(x, 3, rng=make_rng(1), weights=np.full(len(x), 7.0))
+    assert plain.n_iter == equal.n_iter
+    np.testing.assert_allclose(plain.mixture.means, equal.mixture.means, rtol=1e-9)
+    np.testing.assert_allclose(plain.log_likelihood, equal.log_likelihood, rtol=1e-12)
+
+
+def test_problems_may_share_points_and_differ_in_weights():
+    x = points(seed=3)
+    w = np.random.default_rng(0).exponential(size=(3, len(x)))
+    together = fit_em(x, 3, weights=w, means_init=x[:3])
+    for i in range(3):
+        alone = fit_em(x, 3, weights=w[i], means_init=x[:3])
+        np.testing.assert_allclose(together.mixture.means[i], alone.mixture.means, rtol=1e-8)
+        np.testing.assert_allclose(together.log_likelihood[i], np.average(alone.mixture.log_prob(x), weights=w[i]), rtol=1e-9)
+
+
+def test_points_of_weight_zero_are_not_there():
+    x = points(seed=4)
+    w = (np.arange(len(x)) < 60).astype(float)
+    some, without = fit_em(x, 1, weights=w).mixture, fit_em(x[:60], 1).mixture
+    np.testing.assert_allclose(some.covs, without.covs, rtol=1e-10)
+    drawn = em._draw_centres(
+        em._features(torch.tensor(x)[None], "diag"), torch.rand(1, 50, 3, generator=make_rng(2), dtype=torch.float64), x.shape[1], torch.tensor(w)[None] * len(x) / 60
+    )
+    assert all((x[:60] == c).all(1).any() for c in drawn.reshape(-1, x.shape[1]).numpy())
+
+
+@pytest.mark.parametrize(("weights", "message"), [
+    ([1.0, 2.0], "weights must hold one number per point on the last axis, 5, got shape (2,)"),
+    ([1.0, 1.0, -1.0, 1.0, 1.0], "weights must be finite and >= 0, got -1.0 at [2]; a point may have weight 0"),
+    ([1.0, 1.0, math.nan, 1.0, 1.0], "weights must be finite and >= 0, got nan at [2]"),
+    ([[1.0] * 5, [0.0] * 5], "weights must not all be 0, as they are in problem [1]; drop that problem"),
+    ([0.0, 2.0, 0.0, 0.0, 0.0], "x must vary in every feature, got only 1.0 in feature 0 of problem 0"),
+])
+def test_bad_weights_are_named(weights, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit_em([[0.0, 1.0], [1.0, 3.0], [2.0, 0.0], [3.0, 1.0], [4.0, 2.0]], 1, weights=weights)
