@@ -24,7 +24,7 @@ test: $(READY)  ## check, run the notebooks, run the tests
 	@echo "2/3 notebooks"
 	@$(BIN)/nbdev_test --path nbs --skip_folder_re '^([_.]|experiments$$)' --n_workers 2 --do_print
 	@echo "3/3 tests"
-	@$(BIN)/python -m pytest -n 2 -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 check: $(READY)  ## notebooks, library, README, lint and outputs agree (seconds)
 	@$(BIN)/kdnb_check
@@ -35,17 +35,8 @@ lab: $(READY)  ## JupyterLab
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@$(BIN)/kdnb_site readme
 
-publish: $(READY)  ## copy finished runs to reports/published, without HTML
-	@for run in $(RUNS); do \
-		test -f reports/$$run/summary/metrics.json || { echo "reports/$$run has no finished summary; run \`make report\` first" >&2; exit 1; }; \
-		rm -rf reports/published/$$run; \
-		for cell in reports/$$run/*/; do \
-			to=reports/published/$$run/$$(basename $$cell); mkdir -p $$to; \
-			cp $$cell/notebook.ipynb $$cell/metrics.json $$cell/run.json $$to; \
-		done; \
-	done
-	@$(BIN)/nbdev_clean --fname reports/published
-	@echo "reports/published: $(RUNS)"
+publish: $(READY)  ## the same, and copy notebooks and metrics to reports/published
+	@$(BIN)/kdnb_run --publish $(RUNS:%=params/%.yaml)
 
 clean:  ## remove what tools left behind; .venv, reports and the store stay
 	rm -rf build dist _proc _docs _site .pytest_cache .ruff_cache .hypothesis

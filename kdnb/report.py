@@ -115,13 +115,8 @@ class State(NamedTuple):
     anchor: str                        # id of the failed cell in the report
     headline: list[tuple[str, Any]]    # label and Estimate or value
     parameters: list[tuple[str, Any]]
+    wall_s: float | None               # seconds that the run took
     run: dict                          # run.json
-
-    @property
-    def wall_s(self) -> float | None:
-        "Seconds that the run took."
-        wall = self.run.get("wall_s")
-        return wall.get("total") if isinstance(wall, Mapping) else None
 
 
 def _read(path: Path) -> dict:
@@ -158,13 +153,15 @@ def read_state(
     "Status, headline and times of a run from the files it left."
     source = folder / "notebook.ipynb"
     notebook = _read(source) if notebook is None else notebook
-    metrics, run = _read(folder / "metrics.json"), _read(folder / "run.json")
+    metrics, run, seen = (_read(folder / f"{name}.json") for name in ("metrics", "run", "status"))
     error, trace, anchor = _failure(notebook)
+    error = error or uncontrolled(seen.get("error", ""))
     injected = notebook.get("metadata", {}).get("papermill", {}).get("parameters", {})
-    parameters = metrics.get("parameters") or injected
+    parameters = metrics.get("parameters") or seen.get("params") or injected
     headline = [(str(h.get("label", "")), _revive(h.get("estimate", h.get("value")))) for h in metrics.get("headline", [])]
-    status = "failed" if error else "ok" if metrics else "missing"
-    return State(status, _heading(notebook), error, trace, anchor, [] if error else headline, list(parameters.items()), run)
+    status = "failed" if error else "ok" if metrics or seen.get("state") == "ok" else "missing"
+    wall_s = run.get("wall_s", {}).get("total", seen.get("wall_s"))
+    return State(status, _heading(notebook), error, trace, anchor, [] if error else headline, list(parameters.items()), wall_s, run)
 
 
 def duration(
@@ -299,7 +296,7 @@ _SHOWN = ["text/x-kdnb-chart", "text/html", "text/markdown", "image/svg+xml", "t
 def render(
     notebook: str | Path,       # executed
     html: str | Path,           # written atomically
-    title: str | None = None,   # omitted: the first heading
+    title: str | None = None,   # of the window; omitted: the first heading, which is always that of the page
 ) -> Path:                      # the file written
     "An executed notebook as one self-contained HTML file."
     import nbformat
@@ -313,13 +310,13 @@ def render(
     has_maths = any("$" in c.source or "\\begin{" in c.source for c in kept) or "text/latex" in json.dumps(ready)
     has_charts = any("text/x-kdnb-chart" in o.get("data", {}) for c in ready.cells for o in c.get("outputs", []))
     scripts = ([_katex()[1]] if has_maths else []) + ([vega_bundle()] if has_charts else []) + [_asset("report.js")]
-    title = visible(title or state.title or notebook.stem)
-    head, script_tags = _page(title, scripts, [_katex()[0]] if has_maths else [])
+    heading = visible(state.title or title or notebook.stem)
+    head, script_tags = _page(visible(title or heading), scripts, [_katex()[0]] if has_maths else [])
     papermill = made.metadata.get("papermill", {})
     place = notebook.resolve().parent
     shown = state._replace(**{part: [(visible(k), visible(number(v))) for k, v in getattr(state, part)] for part in ("headline", "parameters")})
     header = _jinja().get_template("header.html.j2").render(
-        title=title, state={**shown._asdict(), "facts": _facts(state)}, crumbs=[place.parent.name, place.name],
+        title=heading, state={**shown._asdict(), "facts": _facts(state)}, crumbs=[place.parent.name, place.name],
         index="../../index.html" if place.parent.parent.name == "reports" else "",
         rerun=_rerun(notebook, papermill.get("parameters", {}), Path(str(papermill.get("input_path") or "")).name),
     )

@@ -173,6 +173,20 @@ def test_papermill_error_cells_and_dead_kernels(tmp_path):
     assert (state.status, state.error, state.headline) == ("failed", "the kernel stopped before the end of the notebook", [])
 
 
+def test_what_the_grid_runner_saw_counts(tmp_path):
+    cells = [new_markdown_cell("# What is asked?")]
+    save(tmp_path / "a", cells, METRICS, RUN)
+    write_json(tmp_path / "a" / "status.json", {"state": "failed", "error": "TimeoutError: longer than 5 s", "wall_s": 5.0, "params": {"beta": 1}})
+    assert report.read_state(tmp_path / "a")[:3] == ("failed", "What is asked?", "TimeoutError: longer than 5 s")
+    (tmp_path / "b").mkdir()
+    write_json(tmp_path / "b" / "status.json", {"state": "failed", "error": "DeadKernelError: gone", "wall_s": 7.0, "params": {"beta": 2}})
+    state = report.read_state(tmp_path / "b")
+    assert (state.status, state.error, state.wall_s, state.parameters) == ("failed", "DeadKernelError: gone", 7.0, [("beta", 2)])
+    page = report.render(tmp_path / "a" / "notebook.ipynb", tmp_path / "a" / "report.html", title="gmm, beta=1").read_text()
+    assert "<title>gmm, beta=1</title>" in page
+    assert "<h1>What is asked?" in page
+
+
 def test_index_lists_every_cell(good):
     page = (good / "index.html").read_text()
     rows = re.findall(r"(?s)<tr[^>]*>(.*?)</tr>", page.split("<tbody>")[1])
