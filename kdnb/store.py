@@ -278,7 +278,8 @@ def artifacts(
         new = {i: made for i in missing if (made := _obtain(recipes[i]))}
         found |= new
         if not new:
-            waiting = waiting or track(desc=f"{recipes[missing[0]].stage}: another process is making it")
+            if waiting is None:
+                waiting = track(desc=f"{recipes[missing[0]].stage}: another process is making it")
             time.sleep(0.1)
     if waiting is not None:
         waiting.close()

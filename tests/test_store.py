@@ -31,9 +31,9 @@ def write(content: bytes):
     return lambda folder: (folder / "data.bin").write_bytes(content)
 
 
-def start(script: str, *args) -> subprocess.Popen:
+def start(script: str, *args, env=None) -> subprocess.Popen:
     "A process of its own that shares this test's store."
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), *map(str, args)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), *map(str, args)], stdout=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for(condition, seconds=20):
@@ -233,6 +233,23 @@ def test_killed_builder_is_taken_over(tmp_path, root):
     assert not list(root.glob("s/*.tmp-*"))  # the victim's half is gone
     for n, made in enumerate(artifacts([Recipe("s", {"n": n}, print) for n in range(6)])):
         assert (made.path / "data.bin").read_bytes() == bytes([n]) * 1000
+
+
+def test_who_waits_long_says_so_and_reads_what_the_other_made(tmp_path, root):
+    diary, progress = tmp_path / "diary", tmp_path / "progress.json"
+    first = start(SHARED, diary, 0.7)
+    wait_for(diary.exists)
+    script = """
+        import sys
+        from kdnb.store import Recipe, artifacts
+        (made,) = artifacts([Recipe("s", {"n": 0}, lambda folder: sys.exit("built twice"))])
+        print(made.built)
+    """
+    second = start(script, env={**os.environ, "KDNB_PROGRESS": str(progress)})
+    assert second.communicate(timeout=20)[0] == "False\n"
+    assert read_json(progress)["desc"] == "s: another process is making it"
+    first.kill()
+    first.communicate()
 
 
 def test_kill_between_files_then_resume(tmp_path, root):
