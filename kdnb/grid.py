@@ -192,8 +192,9 @@ def _execute(job: Job) -> str:
     from traitlets.config import Config
 
     source = str(job.notebook).replace("{", "{{").replace("}", "}}")  # Papermill formats paths
+    config = Config({"KernelManager": {"transport": "ipc", "shutdown_wait_time": 1.0}})  # an idle kernel may miss the request to end
     try:
-        papermill.execute_notebook(source, PARTIAL, parameters=job.params, progress_bar=False, config=Config({"KernelManager": {"transport": "ipc"}}))
+        papermill.execute_notebook(source, PARTIAL, parameters=job.params, progress_bar=False, config=config)
     except Exception as e:
         return _one_line(e)
     return ""
