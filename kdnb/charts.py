@@ -86,7 +86,7 @@ def encode_png(
     height, width, _ = rgb.shape
     plain = b"".join(b"\0" + row.tobytes() for row in rgb)
     up = b"".join(b"\2" + row.tobytes() for row in np.diff(rgb, axis=0, prepend=np.zeros_like(rgb[:1])))
-    data = min((zlib.compress(raw, 9) for raw in (plain, up)), key=len)
+    data = min((zlib.compress(raw, 6) for raw in (plain, up)), key=len)
     size = _chunk(b"pHYs", struct.pack(">IIB", dots, dots, 1)) if dots else b""
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + size + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
@@ -159,8 +159,8 @@ _enabled = alt.renderers.enable("kdnb")
 
 # %% ../nbs/44_charts.ipynb #a3e752ae
 def _wrap(text: str, width: int, size: float) -> list[str]:
-    "Lines that fit `width` pixels at font size `size`; an average character is 0.54 em wide."
-    return [line for part in text.split("\n") for line in textwrap.wrap(part, max(20, int(width / (0.54 * size)))) or [""]]
+    "Lines that fit `width` pixels at font size `size`; an average character is half an em wide."
+    return [line for part in text.split("\n") for line in textwrap.wrap(part, max(20, int(width / (0.5 * size)))) or [""]]
 
 
 def _title(title: str, subtitle: str, width: int) -> alt.TitleParams:
@@ -169,11 +169,16 @@ def _title(title: str, subtitle: str, width: int) -> alt.TitleParams:
 
 
 def _need(frame: pd.DataFrame, columns: Sequence[str], name: str = "frame") -> pd.DataFrame:
-    "The frame, checked for columns and rows, floats rounded to six digits, non-finite ones missing."
+    "The frame, checked for columns and rows, its floats rounded."
     if missing := [c for c in columns if c not in frame]:
         raise ValueError(f"{name} must have the columns {', '.join(columns)}, got {', '.join(map(str, frame.columns))}; missing: {', '.join(missing)}")
     if not len(frame):
         raise ValueError(f"{name} must have at least one row, got none")
+    return _rounded(frame)
+
+
+def _rounded(frame: pd.DataFrame) -> pd.DataFrame:
+    "Floats to six digits, non-finite ones missing."
     floats = {c: frame[c].map(lambda v: float(f"{v:.6g}") if math.isfinite(v) else math.nan) for c in frame.select_dtypes("floating")}
     return frame.assign(**floats)
 
@@ -240,8 +245,8 @@ def _panel(frame: pd.DataFrame, seeds: pd.DataFrame | None, palette: dict, x: al
 
 
 def _x_axis(values: pd.Series, x: str, title: str, log: bool) -> alt.X:
-    "A horizontal axis with a tick at each value, if they are few, on the scale asked for."
-    few = sorted(values.unique().tolist()) if values.nunique() <= 8 else None
+    "A horizontal axis with a tick at each value, if they are few and round, on the scale asked for."
+    few = sorted(values.unique().tolist()) if values.nunique() <= 8 and all(float(f"{v:.3g}") == v for v in values) else None
     axis = {"values": few} if few else {"tickCount": 6}
     if log:
         if not (values > 0).all():
@@ -266,15 +271,24 @@ def curves(
     seeds = None if seeds is None else _need(seeds, [x, series, "value"], "seeds").rename(columns={series: "series"})
     palette, axis = colours(frame["series"]), _x_axis(frame[x], x, x_title, x_log)
     names = list(dict.fromkeys(frame["panel"])) if "panel" in frame else [""]
-    columns = len(names) if len(names) <= 3 else 2
-    width, height = {1: (600, 320), 2: (262, 260), 3: (165, 240)}[columns]
+    columns, width, height = _layout([frame] if names == [""] else [_of(frame, name) for name in names])
     panels = [
         _panel(_of(frame, name), None if seeds is None else _of(seeds, name), palette, axis, None if i % columns else y_title, width, height, name)
         for i, name in enumerate(names)
     ]
     whole = panels[0] if len(panels) == 1 else alt.concat(*panels, columns=columns)
     said = "; ".join(f"{' '.join(filter(None, k))} {_span(g['mean'])}" for k, g in frame.assign(panel=frame.get("panel", "")).groupby(["panel", "series"], sort=False))
-    return whole.properties(title=_title(title, subtitle, 640), description=f"Line chart: {title}. {subtitle}. {y_title} as {x_title} goes {_span(frame[x])}: {said}.")
+    return whole.properties(title=_title(title, subtitle, 640 if columns == 1 else 760), description=f"Line chart: {title}. {subtitle}. {y_title} as {x_title} goes {_span(frame[x])}: {said}.")
+
+
+def _layout(panels: Sequence[pd.DataFrame], room: int = 860) -> tuple[int, int, int]:
+    "Columns, and width and height of a panel, so that a row with its axes and labels fits in `room` pixels."
+    labels = max(7.2 * max(map(len, p["series"])) + 9 if p["series"].nunique() > 1 else 0 for p in panels)
+    for columns in range(min(len(panels), 3), 0, -1):
+        width = int((room - 28 * (columns - 1)) / columns - 60 - labels)
+        if width >= 170 or columns == 1:
+            break
+    return (1, min(width, 600), 320) if columns == 1 else (columns, min(width, 300), 260)
 
 
 def _of(frame: pd.DataFrame, panel: str) -> pd.DataFrame:
@@ -286,10 +300,11 @@ def place(
     points: Sequence[tuple[float, float]],  # pixels
     widths: Sequence[float],                # of the labels, pixels
     size: tuple[int, int],                  # of the plot: labels stay inside
+    lines: Sequence[tuple] = (),            # x0, y0, x1, y1 of what else is drawn, pixels
     height: float = 15,                     # of a label, pixels
 ) -> list[tuple[float, float]]:             # offset of each label's centre from its point, pixels
-    "First free place around each point: not over another label, another point, or the edge."
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    "First free place around each point: not over another label, a point, a line, or the edge."
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points] + [(x0 - 1, y0 - 1, x1 + 1, y1 + 1) for x0, y0, x1, y1 in lines]
     offsets = []
     for (x, y), w in zip(points, widths, strict=True):
         ring = [(sx * (w / 2 + r), sy * (height / 2 + r)) for r in (5, 18, 34, 52) for sx, sy in ((1, -1), (-1, -1), (1, 1), (-1, 1), (0, -1), (0, 1))]
@@ -333,8 +348,12 @@ def pr_plane(
     palette = colours(frame["series"])
     colour = alt.Color("series:N", scale=alt.Scale(domain=list(palette), range=list(palette.values())), legend=None)
     frame = frame.assign(order=range(len(frame)), label=_labels(frame, path))
-    px, py = ((bend(frame[p]) - domain[p][0]) / (domain[p][1] - domain[p][0]) * n for p, n in zip(parts, (width, height), strict=True))
-    offsets = place(list(zip(px, height - py, strict=True)), [7.4 * len(t) for t in frame["label"]], (width, height))
+    def pixels(part, end, length):
+        return np.nan_to_num((bend(frame[part + end]) - domain[part][0]) / (domain[part][1] - domain[part][0]) * length, nan=-99.0)
+
+    (px, x0, x1), (py, y0, y1) = ([pixels(p, s, n) for s in ("", "_lo", "_hi")] for p, n in zip(parts, (width, height), strict=True))
+    rules = [*zip(x0, height - py, x1, height - py, strict=True), *zip(px, height - y1, px, height - y0, strict=True)]
+    offsets = place(list(zip(px, height - py, strict=True)), [7.4 * len(t) for t in frame["label"]], (width, height), rules)
     tips = ["series:N", alt.Tooltip(f"{path}:N"), *(alt.Tooltip(f"{p}{s}:Q", format=".4~g") for p in parts for s in ("", "_lo", "_hi"))]
     base = alt.Chart(frame).encode(color=colour)
     layers = [
@@ -432,9 +451,11 @@ class Table:
     ):
         self.caption, self.columns, self.raw = visible(caption), [visible(str(c)) for c in frame.columns], set(raw)
         self.rows = [[visible(str(v) if c in self.raw else number(v)) for c, v in zip(self.columns, row, strict=True)] for row in frame.itertuples(index=False)]
-        self.left = [c in self.raw or not all(isinstance(v, (int, float, Estimate, np.number)) for v in frame[c]) for c in frame.columns]
+        self.left = [c in self.raw or not all(isinstance(v, (int, float, Estimate, np.number)) or v in ("", None) for v in frame[c]) for c in frame.columns]
 
     def _repr_html_(self) -> str:
+        if not self.rows:
+            return f'<p class="kdnb-table">{html.escape(self.caption)}: nothing to show</p>'
         sides = ["left" if left else "right" for left in self.left]
         head = "".join(f'<th style="text-align:{s}">{html.escape(c)}</th>' for c, s in zip(self.columns, sides, strict=True))
         body = "".join("<tr>" + "".join(self._cell(*cell) for cell in zip(self.columns, row, sides, strict=True)) + "</tr>\n" for row in self.rows)
@@ -442,18 +463,22 @@ class Table:
         return f'<table class="kdnb-table">\n{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>'
 
     def _cell(self, column: str, text: str, side: str) -> str:
-        shown = html.escape(text)
+        shown = html.escape(text).replace(" ± ", "\u00a0±\u00a0")
         if column in self.raw:  # <code>: neither MathJax nor KaTeX looks for formulas in it
             shown = f'<code style="white-space:pre-wrap;font-family:inherit;background:none">{shown}</code>'
         return f'<td style="text-align:{side}">{shown}</td>'
 
     def _repr_markdown_(self) -> str:
+        if not self.rows:
+            return f"*{_markdown(self.caption)}*: nothing to show"
         rows = [self.columns, *self.rows]
         lines = ["| " + " | ".join(_markdown(c) for c in row) + " |" for row in rows]
         rule = "|" + "|".join(":---" if left else "---:" for left in self.left) + "|"
         return "\n".join([*([f"*{_markdown(self.caption)}*", ""] if self.caption else []), lines[0], rule, *lines[1:]])
 
     def __repr__(self) -> str:
+        if not self.rows:
+            return f"{self.caption}: nothing to show"
         rows = [self.columns, *self.rows]
         widths = [max(len(r[i]) for r in rows) for i in range(len(self.columns))]
         lines = ["  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in zip(r, widths, self.left, strict=True)).rstrip() for r in rows]
@@ -470,7 +495,7 @@ def table(
     caption: str = "",    # above the table
 ) -> Table:
     "A frame as an escaped table; an Estimate as mean ± half of its interval."
-    return Table(_need(frame, []), caption)
+    return Table(_rounded(frame), caption)
 
 
 def samples_table(

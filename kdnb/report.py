@@ -359,7 +359,7 @@ def _run_table(run: Path, root: Path) -> dict:
     folders = sorted((d for d in run.iterdir() if d.is_dir()), key=lambda d: (d.name != "summary", _natural(d.name)))
     states = {d: read_state(d) for d in folders}
     axes = list(dict.fromkeys(a for d in folders for a in _axes(d.name)))
-    labels = list(dict.fromkeys(label for s in states.values() for label, _ in s.headline))
+    labels = list(dict.fromkeys(label for d, s in states.items() for label, _ in s.headline if d.name != "summary"))
     rows = []
     for folder, state in states.items():
         page = next((folder / n for n in ("report.html", "notebook.ipynb") if (folder / n).exists()), None)
@@ -373,7 +373,8 @@ def _run_table(run: Path, root: Path) -> dict:
     for row in rows:
         for cell, column in zip(row["cells"], columns, strict=True):
             cell["numeric"] = column["numeric"]
-    return {"name": run.name, "columns": columns, "rows": rows}
+    findings = [(visible(k), visible(number(v))) for d, s in states.items() if d.name == "summary" for k, v in s.headline if k not in labels]
+    return {"name": run.name, "findings": findings, "columns": columns, "rows": rows}
 
 
 def _quote(path: str) -> str:

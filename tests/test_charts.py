@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 from itertools import pairwise
 
 import altair as alt
@@ -146,6 +147,33 @@ def test_spread_is_the_least_squares_answer(wanted):
     start[order] = np.arange(len(wanted)) * 2.0
     best = minimize(lambda p: ((p - wanted) ** 2).sum(), start, constraints=gaps)
     np.testing.assert_allclose(placed, best.x, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "label", "columns"), [(1, "a", 1), (2, "distilled student", 2), (3, "a", 3), (3, "distilled student", 2), (6, "distilled student", 2), (3, "", 3), (2, "x" * 60, 1)])
+def test_panels_fit_side_by_side(frame, count, label, columns):
+    both = pd.concat([frame.assign(series=s) for s in ((label, "b") if label else ("a",))])
+    chart = charts.curves(pd.concat([both.assign(panel=f"panel {i}") for i in range(count)]), "beta", "β", "nats", "A", "B")
+    assert chart.to_dict().get("columns", 1) == columns
+    assert struct.unpack(">I", charts.to_png(chart.to_dict())[16:20])[0] <= 2 * 900
+
+
+def test_labels_of_the_plane_avoid_intervals():
+    [(dx, dy)] = charts.place([(100.0, 100.0)], [40.0], (400, 400), [(100.0, 40.0, 100.0, 160.0), (40.0, 100.0, 160.0, 100.0)])
+    assert abs(dx) >= 21
+    assert abs(dy) >= 8.5
+
+
+def test_an_empty_table_says_so():
+    made = charts.table(pd.DataFrame([]), "Claims & more")
+    assert made._repr_html_() == '<p class="kdnb-table">Claims &amp; more: nothing to show</p>'
+    assert repr(made) == "Claims & more: nothing to show"
+    assert made._repr_markdown_() == "*Claims &amp; more*: nothing to show"
+
+
+def test_a_column_of_numbers_with_gaps_is_right_aligned():
+    made = charts.table(pd.DataFrame({"a": ["x", "y"], "b": ["", Estimate(-1.0, 0.1, -1.2, -0.8, 9)]}))
+    assert made._repr_markdown_().splitlines()[1] == "|:---|---:|"
+    assert "−1.00\u00a0±\u00a00.20" in made._repr_html_()
 
 
 def test_labels_of_the_plane_do_not_touch(plane):

@@ -94,7 +94,7 @@ def good(tmp_path_factory):
     save(reports / "gmm" / "beta=100", cells, METRICS, RUN, papermill=papermill)
     save(reports / "gmm" / "beta=20", cells[:2], {**METRICS, "headline": [{"label": "recall, nats", "estimate": Estimate(-math.inf, math.inf, -math.inf, math.inf, 9)}]}, RUN)
     save(reports / "gmm" / "beta=3", [*cells[:2], failed_cell()], None, None)
-    save(reports / "gmm" / "summary", cells[:2], METRICS, RUN)
+    save(reports / "gmm" / "summary", cells[:2], {**METRICS, "headline": [*METRICS["headline"], {"label": "finding", "value": "more precise from β = 20 on"}]}, RUN)
     (reports / "gmm" / "beta=7").mkdir()
     report.index(reports)
     return reports
@@ -197,6 +197,8 @@ def test_index_lists_every_cell(good):
     assert "−∞ ± ∞" in rows[3]
     assert 'href="gmm/beta%3D100/report.html"' in rows[4]
     assert "1 min 23 s" in rows[4]
+    assert "finding: <strong>more precise from β = 20 on</strong>" in page
+    assert "finding" not in re.search(r"(?s)<thead>.*?</thead>", page)[0]
     assert report.index(good).read_text() == page
 
 
@@ -307,9 +309,13 @@ def test_browser_shows_a_tooltip(good, driver):  # noqa: F811
 
     open_page(driver, (good / "gmm" / "beta=100" / "report.html").as_uri())
     point = driver.find_elements("css selector", "figure.chart .mark-symbol path")[0]
-    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", point)
-    ActionChains(driver).move_to_element(point).perform()
-    WebDriverWait(driver, 5).until(lambda d: "mean" in d.find_element("css selector", "#vg-tooltip-element.visible").text)
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", point)
+
+    def shown(driver):
+        ActionChains(driver).move_by_offset(1, 1).move_to_element(point).perform()
+        return any("mean" in e.text for e in driver.find_elements("css selector", "#vg-tooltip-element.visible"))
+
+    WebDriverWait(driver, 10).until(shown)
 
 
 @pytest.mark.browser
