@@ -303,7 +303,7 @@ def place(
     lines: Sequence[tuple] = (),            # x0, y0, x1, y1 of what else is drawn, pixels
     height: float = 15,                     # of a label, pixels
 ) -> list[tuple[float, float]]:             # offset of each label's centre from its point, pixels
-    "First free place around each point: not over another label, a point, a line, or the edge."
+    "A near place around each point that is not over another label, a point, a line, or the edge."
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points] + [(x0 - 1, y0 - 1, x1 + 1, y1 + 1) for x0, y0, x1, y1 in lines]
     offsets = []
     for (x, y), w in zip(points, widths, strict=True):
@@ -313,9 +313,9 @@ def place(
             box = (x + o[0] - w / 2, y + o[1] - height / 2, x + o[0] + w / 2, y + o[1] + height / 2)
             over = sum(max(0, min(box[2], t[2]) - max(box[0], t[0])) * max(0, min(box[3], t[3]) - max(box[1], t[1])) for t in taken)
             outside = max(0, -box[0]) + max(0, box[2] - size[0]) + max(0, -box[1]) + max(0, box[3] - size[1])
-            return over + 100 * outside
+            return over + 100 * outside + 3 * math.hypot(*o)  # rather over an interval than far away
 
-        dx, dy = min(ring, key=cost)  # the nearest of the free ones: `min` keeps the first
+        dx, dy = min(ring, key=cost)
         taken.append((x + dx - w / 2, y + dy - height / 2, x + dx + w / 2, y + dy + height / 2))
         offsets.append((dx, dy))
     return offsets
@@ -463,7 +463,7 @@ class Table:
         return f'<table class="kdnb-table">\n{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>'
 
     def _cell(self, column: str, text: str, side: str) -> str:
-        shown = html.escape(text).replace(" ± ", "\u00a0±\u00a0")
+        shown = html.escape(text).replace(*(" ", "\u00a0") if len(text) <= 16 else (" ± ", "\u00a0±\u00a0"))  # short cells stay on one line
         if column in self.raw:  # <code>: neither MathJax nor KaTeX looks for formulas in it
             shown = f'<code style="white-space:pre-wrap;font-family:inherit;background:none">{shown}</code>'
         return f'<td style="text-align:{side}">{shown}</td>'

@@ -314,6 +314,8 @@ def render(
     head, script_tags = _page(visible(title or heading), scripts, [_katex()[0]] if has_maths else [])
     papermill = made.metadata.get("papermill", {})
     place = notebook.resolve().parent
+    if place.name == "summary":
+        state = state._replace(parameters=[])  # only where the cells are
     shown = state._replace(**{part: [(visible(k), visible(number(v))) for k, v in getattr(state, part)] for part in ("headline", "parameters")})
     header = _jinja().get_template("header.html.j2").render(
         title=heading, state={**shown._asdict(), "facts": _facts(state)}, crumbs=[place.parent.name, place.name],
@@ -356,7 +358,7 @@ def _as_number(text: str) -> Any:
 
 def _run_table(run: Path, root: Path) -> dict:
     "One run as the template wants it."
-    folders = sorted((d for d in run.iterdir() if d.is_dir()), key=lambda d: (d.name != "summary", _natural(d.name)))
+    folders = sorted((d for d in run.iterdir() if d.is_dir() and d.name[0] != "."), key=lambda d: (d.name != "summary", _natural(d.name)))
     states = {d: read_state(d) for d in folders}
     axes = list(dict.fromkeys(a for d in folders for a in _axes(d.name)))
     labels = list(dict.fromkeys(label for d, s in states.items() for label, _ in s.headline if d.name != "summary"))
