@@ -313,7 +313,7 @@ def place(
             box = (x + o[0] - w / 2, y + o[1] - height / 2, x + o[0] + w / 2, y + o[1] + height / 2)
             over = sum(max(0, min(box[2], t[2]) - max(box[0], t[0])) * max(0, min(box[3], t[3]) - max(box[1], t[1])) for t in taken)
             outside = max(0, -box[0]) + max(0, box[2] - size[0]) + max(0, -box[1]) + max(0, box[3] - size[1])
-            return over + 100 * outside + 3 * math.hypot(*o)  # rather over an interval than far away
+            return over + 100 * outside + 0.3 * math.hypot(*o)  # rather over an interval than far away
 
         dx, dy = min(ring, key=cost)
         taken.append((x + dx - w / 2, y + dy - height / 2, x + dx + w / 2, y + dy + height / 2))
