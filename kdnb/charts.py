@@ -17,6 +17,7 @@ import zlib
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import altair as alt
@@ -304,21 +305,32 @@ def place(
     height: float = 15,                     # of a label, pixels
 ) -> list[tuple[float, float]]:             # offset of each label's centre from its point, pixels
     "A near place around each point that is not over another label, a point, a line, or the edge."
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points] + [(x0 - 1, y0 - 1, x1 + 1, y1 + 1) for x0, y0, x1, y1 in lines]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    thin = [(x0 - 1, y0 - 1, x1 + 1, y1 + 1) for x0, y0, x1, y1 in lines]
+
+    def overlap(box, others):
+        return sum(max(0, min(box[2], o[2]) - max(box[0], o[0])) * max(0, min(box[3], o[3]) - max(box[1], o[1])) for o in others)
+
     offsets = []
     for (x, y), w in zip(points, widths, strict=True):
-        ring = [(sx * (w / 2 + r), sy * (height / 2 + r)) for r in (5, 18, 34, 52) for sx, sy in ((1, -1), (-1, -1), (1, 1), (-1, 1), (0, -1), (0, 1))]
+        ring = [(r, sx * (w / 2 + r), sy * (height / 2 + r)) for r in (5, 18, 34, 52) for sx, sy in ((1, -1), (-1, -1), (1, 1), (-1, 1), (0, -1), (0, 1))]
 
         def cost(o, x=x, y=y, w=w):
-            box = (x + o[0] - w / 2, y + o[1] - height / 2, x + o[0] + w / 2, y + o[1] + height / 2)
-            over = sum(max(0, min(box[2], t[2]) - max(box[0], t[0])) * max(0, min(box[3], t[3]) - max(box[1], t[1])) for t in taken)
+            r, dx, dy = o
+            box = (x + dx - w / 2, y + dy - height / 2, x + dx + w / 2, y + dy + height / 2)
             outside = max(0, -box[0]) + max(0, box[2] - size[0]) + max(0, -box[1]) + max(0, box[3] - size[1])
-            return over + 100 * outside + 0.3 * math.hypot(*o)  # rather over an interval than far away
+            return 100 * (overlap(box, taken) + outside) + 1.5 * overlap(box, thin) + 3 * r  # rather over a line than far away
 
-        dx, dy = min(ring, key=cost)
+        _, dx, dy = min(ring, key=cost)
         taken.append((x + dx - w / 2, y + dy - height / 2, x + dx + w / 2, y + dy + height / 2))
         offsets.append((dx, dy))
     return offsets
+
+
+def _steps(series: pd.Series, x: np.ndarray, y: np.ndarray) -> list[tuple]:
+    "Ends of each piece of the lines that join the points of a series."
+    at = pd.DataFrame({"series": series.to_numpy(), "x": x, "y": y})
+    return [pair for _, g in at.groupby("series", sort=False) for pair in pairwise(zip(g["x"], g["y"], strict=True))]
 
 
 def _bend(values: Any) -> np.ndarray:
@@ -352,7 +364,8 @@ def pr_plane(
         return np.nan_to_num((bend(frame[part + end]) - domain[part][0]) / (domain[part][1] - domain[part][0]) * length, nan=-99.0)
 
     (px, x0, x1), (py, y0, y1) = ([pixels(p, s, n) for s in ("", "_lo", "_hi")] for p, n in zip(parts, (width, height), strict=True))
-    rules = [*zip(x0, height - py, x1, height - py, strict=True), *zip(px, height - y1, px, height - y0, strict=True)]
+    along = [(a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])) for a, b in _steps(frame["series"], px, height - py) for t in np.linspace(0, 1, 40)]
+    rules = [*((x - 1, y - 1, x + 1, y + 1) for x, y in along), *zip(x0, height - py, x1, height - py, strict=True), *zip(px, height - y1, px, height - y0, strict=True)]
     offsets = place(list(zip(px, height - py, strict=True)), [7.4 * len(t) for t in frame["label"]], (width, height), rules)
     tips = ["series:N", alt.Tooltip(f"{path}:N"), *(alt.Tooltip(f"{p}{s}:Q", format=".4~g") for p in parts for s in ("", "_lo", "_hi"))]
     base = alt.Chart(frame).encode(color=colour)

@@ -159,7 +159,7 @@ def test_panels_fit_side_by_side(frame, count, label, columns):
 
 def test_labels_of_the_plane_avoid_intervals():
     [(dx, dy)] = charts.place([(100.0, 100.0)], [40.0], (400, 400), [(100.0, 40.0, 100.0, 160.0), (40.0, 100.0, 160.0, 100.0)])
-    assert abs(dx) >= 21  # beside both rules, not on one
+    assert abs(dx) >= 21  # in a quarter of the cross, on neither rule
     assert abs(dy) >= 8.5
 
 
