@@ -22,7 +22,7 @@ test: $(READY)  ## check, run the notebooks, run the tests
 	@echo "1/3 check"
 	@$(BIN)/kdnb_check
 	@echo "2/3 notebooks"
-	@$(BIN)/nbdev_test --path nbs --skip_folder_re '^([_.]|experiments$$)' --n_workers 2 --do_print
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --skip_folder_re '^([_.]|experiments$$)' --n_workers 2 --do_print
 	@echo "3/3 tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
