@@ -258,3 +258,15 @@ def test_untrusted_text_stays_text():
     assert line.count("|") - line.count(r"\|") == 3
     assert "$" not in line.replace(r"\$", "")
     assert "`" not in line.replace(r"\`", "")
+
+
+def test_a_slider_shows_one_value_of_the_knob_at_a_time():
+    axis = np.linspace(-1, 1, 5)
+    steps = {b: {"teacher": (axis, axis, np.full((5, 5), b)), "student": (axis, axis, np.eye(5))} for b in (1.0, 10.0)}
+    curve = pd.DataFrame({"knob": [1.0, 10.0], "series": "precision", "value": [-2.0, -1.0]})
+    spec = charts.density_slider(steps, curve, "β", "title", "subtitle").to_dict()
+    (knob,) = [p for p in spec["params"] if "bind" in p]
+    assert (knob["bind"]["min"], knob["bind"]["max"]) == (0, 1)
+    assert str(spec).count("datum.at == step") == 4  # two pictures, the rule and its label
+    with pytest.raises(ValueError, match="steps must have the panels teacher, student at every value, got others"):
+        charts.density_slider({**steps, 2.0: {"teacher": steps[1.0]["teacher"]}}, curve, "β", "", "")
