@@ -226,3 +226,9 @@ def test_model_is_the_notebooks_parameters_cell(name):
         pytest.skip("this experiment is not there yet")
     assert {k: default for k, (_, default) in read_parameters(notebook).items()} == MODELS[name]().model_dump()
     assert params_model(notebook) is MODELS[name]
+
+
+def test_a_notebook_run_by_hand_gives_the_same_errors():
+    assert GmmParams.of(beta=5.0).beta == 5.0
+    with pytest.raises(ParamsError, match=r"beta must be a number > 0, got -1\.0"):
+        GmmParams.of(beta=-1.0)
