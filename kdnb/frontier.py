@@ -366,11 +366,11 @@ def rivals(
 def frontier_gap(
     students: pd.DataFrame,          # rows of `rivals` of one or more sizes
     fronts: Mapping[int, Frontier],  # by number of components
-) -> pd.DataFrame:                   # columns: n_components, knob, value, quantity, mean, lo, hi, n; nats, 95 % over seeds
+) -> pd.DataFrame:                   # columns: n_components, knob, value, quantity, mean, se, lo, hi, n; nats, 95 % over seeds
     "How much of the frontier each way of making a student reaches."
     rows = []
     for (k, knob, value), group in students.groupby(["n_components", "knob", "value"], sort=False, dropna=False):
         for quantity, distances in gap(group, fronts[k]).items():
             e = estimate(distances)
-            rows.append({"n_components": k, "knob": knob, "value": value, "quantity": quantity, "mean": e.mean, "lo": e.lo, "hi": e.hi, "n": e.n})
+            rows.append({"n_components": k, "knob": knob, "value": value, "quantity": quantity, "mean": e.mean, "se": e.se, "lo": e.lo, "hi": e.hi, "n": e.n})
     return pd.DataFrame(rows)

@@ -205,7 +205,7 @@ def test_rivals_and_their_gaps():
     assert len(students) == 12
     front = F.frontier(truth, 2, PRICES, make_rng(10), n_starts=4, steps=100)
     gaps = F.frontier_gap(students, {2: front})
-    assert list(gaps) == ["n_components", "knob", "value", "quantity", "mean", "lo", "hi", "n"]
+    assert list(gaps) == ["n_components", "knob", "value", "quantity", "mean", "se", "lo", "hi", "n"]
     direct = students[students.knob == "direct"]
     row = gaps[(gaps.knob == "direct") & (gaps.quantity == "gap")].iloc[0]
     np.testing.assert_allclose(row["mean"], F.gap(direct, front).gap.mean())
