@@ -93,14 +93,17 @@ def _climb(resp: Float64[Tensor, "b k m"], row: _Row, d: int, tol: float, max_it
     return found, reached
 
 
-def _fit(row: _Row, separation: Float64[Tensor, " b"], k: int, d: int, tol: float, max_iter: int) -> _Line:
-    "The best of all cuts of the row of modes into k groups."
+def _fit(row: _Row, weights: Float64[Tensor, "b 4"], separation: Float64[Tensor, " b"], k: int, d: int, tol: float, max_iter: int) -> _Line:
+    "The best of all cuts of the row of modes into k groups; as many components as modes are the sharpened truth, with these weights."
+    if k == MODES:
+        return _Line(weights, separation[:, None] * torch.arange(MODES, dtype=weights.dtype), torch.ones_like(weights))
     climbs = []
     for cuts in combinations(range(1, MODES), k - 1):
         group = sum((row.u > (c - 0.5) * separation[:, None] for c in cuts), torch.zeros_like(row.u, dtype=torch.int64))
-        climbs.append(_climb(torch.nn.functional.one_hot(group, k).mT.to(row.u.dtype), row, d, tol, 1 if k == 1 else max_iter))
+        climbs.append(_climb(torch.nn.functional.one_hot(group, k).mT.to(row.u.dtype), row, d, 1000 * tol, max_iter))
     best = torch.stack([value for _, value in climbs]).argmax(0)
-    return _Line(*(torch.stack(a)[best, torch.arange(len(best))] for a in zip(*(q for q, _ in climbs), strict=True)))
+    found = _Line(*(torch.stack(a)[best, torch.arange(len(best))] for a in zip(*(q for q, _ in climbs), strict=True)))
+    return found if k == 1 else _climb(_log_parts(found, row, d).softmax(1), row, d, tol, max_iter)[0]
 
 # %% ../nbs/14_difficulty.ipynb #ebe24f3b
 BLOCK = 256  # problems at once: arrays of a few megabytes, whatever the size of the map
@@ -117,7 +120,7 @@ def _measure(q: _Line, row: _Row, weights: Float64[Tensor, "b 4"], separation: F
 
 
 def difficulty_map(
-    n_components: Sequence[int] = (1, 2, 4),  # between 1 and 4
+    n_components: Sequence[int] = (1, 2, 3, 4),  # between 1 and 4
     beta: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),  # > 0; 1 is added if it is missing
     separation: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0),  # between 0 and 12
     imbalance: Sequence[float] = (1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5, 1.7, 2.0, 2.3, 2.6, 3.0, 3.5, 4.0),  # >= 1
@@ -145,8 +148,9 @@ def difficulty_map(
         sharpness, apart, rho = (torch.tensor(frame[name].to_numpy()[at]) for name in ("beta", "separation", "imbalance"))
         weights = (-rho.log()[:, None] * torch.arange(MODES)).softmax(-1)
         row = _row(weights, sharpness, apart, d)
-        precision, recall = _measure(_fit(row, apart, k, d, tol, max_iter), row, weights, apart, d)
-        modes = torch.special.entr(sharpen_weights(weights, sharpness)).sum(-1).exp()
+        sharp = sharpen_weights(weights, sharpness)
+        precision, recall = _measure(_fit(row, sharp, apart, k, d, tol, max_iter), row, weights, apart, d)
+        modes = torch.special.entr(sharp).sum(-1).exp()
         parts.append(frame.iloc[at].assign(effective_modes=modes.numpy(), precision=precision.numpy(), recall=recall.numpy()))
     frame = pd.concat(parts, ignore_index=True)
     keys = ["n_components", "dimension", "separation", "imbalance"]
