@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'GRID', 'ROLES', 'OTHERS', 'FONT', 'DENSE', 'colours', 'theme', 'encode_png', 'decode_png', 'drawable',
            'to_png', 'alt_text', 'render', 'spread', 'curves', 'place', 'pr_plane', 'density_maps', 'density_slider',
-           'training_curves', 'Table', 'table', 'samples_table']
+           'heat_maps', 'training_curves', 'Table', 'table', 'samples_table']
 
 # %% ../nbs/44_charts.ipynb #a6316642
 import html
@@ -486,6 +486,36 @@ def density_slider(
     return whole.properties(title=_title(title, subtitle, len(names) * (width + 20)), description=f"{said}: {title}. {subtitle}.")
 
 # %% ../nbs/44_charts.ipynb #b07442f5
+def heat_maps(
+    frame: pd.DataFrame,  # columns: `x`, `y`, `value`, panel
+    x: str,
+    y: str,
+    value: str,           # column of the colour
+    x_title: str,
+    y_title: str,
+    value_title: str,     # with its unit
+    title: str,           # the finding
+    subtitle: str,
+) -> alt.TopLevelMixin:   # panels side by side
+    "A quantity over two axes as tiles, one map per panel, one scale for all."
+    frame = _rounded(_need(frame, [x, y, value, "panel"])[[x, y, value, "panel"]])
+    most = float(frame[value].abs().max()) or 1.0
+    scale = alt.Scale(type="symlog", constant=0.1, domain=[-most, most], scheme="blueorange")
+    names = list(dict.fromkeys(frame["panel"]))
+    charts = []
+    for i, name in enumerate(names):
+        tiles = alt.Chart(_of(frame, name)).mark_rect().encode(
+            x=alt.X(f"{x}:O", title=x_title, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            y=alt.Y(f"{y}:O", title=None if i else y_title, sort="descending", axis=alt.Axis(labels=not i, labelOverlap=True)),
+            color=alt.Color(f"{value}:Q", title=value_title, scale=scale, legend=alt.Legend(gradientLength=180, tickCount=5)),
+            tooltip=[f"{x}:Q", f"{y}:Q", alt.Tooltip(f"{value}:Q", format=".3~g")],
+        )
+        charts.append(tiles.properties(width=170, height=180, title=alt.TitleParams(name, fontSize=13, anchor="start")))
+    whole = alt.hconcat(*charts, spacing=16)
+    said = "; ".join(f"{name}: {value_title} from {g[value].min():.3g} to {g[value].max():.3g}" for name, g in frame.groupby("panel", sort=False))
+    return whole.properties(title=_title(title, subtitle, len(names) * 190), description=f"Heat maps: {title}. {subtitle}. {said}.")
+
+# %% ../nbs/44_charts.ipynb #e5c327d8
 def training_curves(
     frame: pd.DataFrame,           # columns: step, series, loss (nats per token)
     title: str = "Training loss",  # the finding
@@ -507,7 +537,7 @@ def training_curves(
     said = "; ".join(f"{s} {_span(g['loss'])}" for s, g in frame.groupby("series", sort=False))
     return (lines + names).properties(width=560, height=300, title=_title(title, subtitle, 640), description=f"Training curves: {title}. {said} nats per token.")
 
-# %% ../nbs/44_charts.ipynb #e5c327d8
+# %% ../nbs/44_charts.ipynb #32b273b6
 class Table:
     "A frame shown as an escaped table in HTML, Markdown and plain text."
 

@@ -270,3 +270,11 @@ def test_a_slider_shows_one_value_of_the_knob_at_a_time():
     assert str(spec).count("datum.at == step") == 4  # two pictures, the rule and its label
     with pytest.raises(ValueError, match="steps must have the panels teacher, student at every value, got others"):
         charts.density_slider({**steps, 2.0: {"teacher": steps[1.0]["teacher"]}}, curve, "β", "", "")
+
+
+def test_heat_maps_share_one_scale_with_zero_in_its_middle():
+    frame = pd.DataFrame({"panel": ["a", "a", "b"], "x": [1, 2, 1], "y": [1.0, 1.0, 1.0], "gain": [-1.0, 4.0, 0.5]})
+    spec = charts.heat_maps(frame, "x", "y", "gain", "x", "y", "gain, nats", "title", "subtitle").to_dict()
+    scales = [panel["encoding"]["color"]["scale"] for panel in spec["hconcat"]]
+    assert [s["domain"] for s in scales] == [[-4.0, 4.0]] * 2
+    assert "a: gain, nats from -1 to 4" in spec["description"]

@@ -42,7 +42,9 @@ def test_cross_against_brute_force(kind_p, kind_q):
 
 def test_cross_on_the_line_against_adaptive_quadrature():
     p, q = random_mixture(d=1, seed=3), random_mixture(d=1, k=4, seed=4)
-    f = lambda x: math.exp(p.log_prob(np.array([[x]])).item()) * q.log_prob(np.array([[x]])).item()  # noqa: E731
+    def f(x):
+        return math.exp(p.log_prob(np.array([[x]])).item()) * q.log_prob(np.array([[x]])).item()
+
     expected = sum(integrate.quad(f, a, a + 1, epsabs=1e-13)[0] for a in range(-12, 12))
     np.testing.assert_allclose(X.exact_cross(p, q).value, expected, atol=1e-9)
 

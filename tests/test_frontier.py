@@ -57,7 +57,9 @@ def test_annealed_gaussian_in_closed_form(tau):
 
 def test_annealed_on_the_line_against_adaptive_quadrature():
     p = Mixture([0.7, 0.3], [[0.0], [1.5]], [[0.3], [0.1]])
-    log_p = lambda x: p.log_prob(np.array([[x]])).item()  # noqa: E731
+    def log_p(x):
+        return p.log_prob(np.array([[x]])).item()
+
     expected = integrate.quad(lambda x: math.exp(log_p(x) / 0.4), -5, 6, epsabs=1e-12, limit=200)[0]
     np.testing.assert_allclose(F.anneal(p, 0.4).log_z, math.log(expected), atol=1e-9)
 
