@@ -13,7 +13,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from browser import check_page, driver, open_page  # noqa: F401
+from browser import check_page, open_page
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from kdnb import charts, report
@@ -282,7 +282,7 @@ def test_hostile_files_hold_only_our_scripts(hostile):
 
 
 @pytest.mark.browser
-def test_browser_draws_charts_and_formulas(good, driver):  # noqa: F811
+def test_browser_draws_charts_and_formulas(good, driver):
     check_page(driver, (good / "gmm" / "beta=100" / "report.html").as_uri(), charts=2, formulas=3)
     assert driver.execute_script("return document.fonts.check('600 16px Inter')")
     assert "it costs $5 and $6" in driver.find_element("css selector", "main").text  # no formula is looked for in outputs
@@ -293,7 +293,7 @@ def test_browser_draws_charts_and_formulas(good, driver):  # noqa: F811
 
 
 @pytest.mark.browser
-def test_browser_on_a_phone(good, driver):  # noqa: F811
+def test_browser_on_a_phone(good, driver):
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True})
     try:
         check_page(driver, (good / "gmm" / "beta=100" / "report.html").as_uri(), charts=2, formulas=3)
@@ -303,7 +303,7 @@ def test_browser_on_a_phone(good, driver):  # noqa: F811
 
 
 @pytest.mark.browser
-def test_browser_shows_a_tooltip(good, driver):  # noqa: F811
+def test_browser_shows_a_tooltip(good, driver):
     from selenium.webdriver import ActionChains
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -319,7 +319,7 @@ def test_browser_shows_a_tooltip(good, driver):  # noqa: F811
 
 
 @pytest.mark.browser
-def test_browser_notices_a_missing_bundle(good, driver, tmp_path):  # noqa: F811
+def test_browser_notices_a_missing_bundle(good, driver, tmp_path):
     page = (good / "gmm" / "beta=100" / "report.html").read_text()
     broken = tmp_path / "broken.html"
     broken.write_text(page.replace(f"<script>{report.vega_bundle()}</script>", ""))
@@ -330,7 +330,7 @@ def test_browser_notices_a_missing_bundle(good, driver, tmp_path):  # noqa: F811
 
 @pytest.mark.browser
 @pytest.mark.parametrize("policy", [True, False], ids=["policy", "no policy"])
-def test_browser_runs_nothing_that_a_model_wrote(hostile, driver, tmp_path, policy):  # noqa: F811
+def test_browser_runs_nothing_that_a_model_wrote(hostile, driver, tmp_path, policy):
     for path in (hostile / "run" / "a=<b>" / "report.html", hostile / "index.html"):
         page = path.read_text()
         target = tmp_path / "page.html"
@@ -344,7 +344,7 @@ def test_browser_runs_nothing_that_a_model_wrote(hostile, driver, tmp_path, poli
 
 
 @pytest.mark.browser
-def test_browser_policy_is_a_second_lock(good, driver, tmp_path):  # noqa: F811
+def test_browser_policy_is_a_second_lock(good, driver, tmp_path):
     page = (good / "gmm" / "beta=20" / "report.html").read_text()
     target = tmp_path / "page.html"
     target.write_text(page.replace("<main", f"{ATTACKS[0]}{ATTACKS[1]}<main"))  # as if cleaning had failed
@@ -354,7 +354,7 @@ def test_browser_policy_is_a_second_lock(good, driver, tmp_path):  # noqa: F811
 
 
 @pytest.mark.browser
-def test_browser_sorts_and_filters(good, driver):  # noqa: F811
+def test_browser_sorts_and_filters(good, driver):
     check_page(driver, (good / "index.html").as_uri())
     names = "return Array.from(document.querySelectorAll('tbody tr')).filter(r => !r.hidden).map(r => r.cells[0].textContent)"
     head = driver.find_elements("css selector", "th button")[1]
