@@ -6,7 +6,7 @@
 __all__ = ['score_lm', 'LogProbs', 'log_probs', 'expected_log_prob', 'token_mass']
 
 # %% ../nbs/22_scoring.ipynb #a6316642
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,15 +78,19 @@ def log_probs(
     for lm in (p, *qs):
         check_tokens(lm, tokens)
     out = torch.zeros(len(qs), 2, len(tokens.ids), dtype=torch.float64)
+    networks = {id(lm.model): lm for lm in ((p, *qs) if tokens.next_log_prob is None else [q for q in qs if q is not p])}  # each runs once, whatever the temperatures
     for index in track(_batches(tokens, batch_size), desc="score", unit="batch"):
         part = tokens.select(index)
+        inside = _inside(part)
         owner = index.repeat_interleave(part.length).split(rows)  # the sequence of each position
-        target = part.ids[_inside(part)].split(rows)
-        states = {id(q): _hidden(q, part).split(rows) for q in qs if q is not p}
-        for k, log_p in enumerate(_own_blocks(p, part, rows)):
+        target = part.ids[inside].split(rows)
+        kept = None if part.next_log_prob is None else part.next_log_prob[inside].split(rows)
+        states = {network: _hidden(lm, part).split(rows) for network, lm in networks.items()}
+        for k in range(len(owner)):
+            log_p = _next_log_prob(p, states[id(p.model)][k]).cpu() if kept is None else kept[k]
             prob = log_p.exp()
             for j, q in enumerate(qs):
-                log_q = log_p if q is p else _next_log_prob(q, states[id(q)][k]).cpu()
+                log_q = log_p if q is p else _next_log_prob(q, states[id(q.model)][k]).cpu()
                 averaged = torch.where(prob > 0, prob * log_q, 0.0).sum(-1)  # 0 · -inf = 0
                 plain = log_q.gather(-1, target[k][:, None])[:, 0]
                 out[j].index_add_(1, owner[k], torch.stack([averaged, plain]).double())
@@ -100,14 +104,6 @@ def expected_log_prob(
 ) -> list[Float64[Tensor, " n"]]:  # per q, nats per sequence
     "Rao–Blackwellised log q of each sequence: what `kdnb.core` asks of a sequence distribution."
     return [scores.averaged for scores in log_probs(p, qs, tokens)]
-
-
-def _own_blocks(p: LM, part: Tokens, rows: int) -> Iterator[Float[Tensor, "r v"]]:
-    "The sampler's own next-token distributions: kept ones, or computed."
-    if part.next_log_prob is not None:
-        yield from part.next_log_prob[_inside(part)].split(rows)
-    else:
-        yield from (_next_log_prob(p, states).cpu() for states in _hidden(p, part).split(rows))
 
 # %% ../nbs/22_scoring.ipynb #a3e752ae
 @torch.inference_mode()
