@@ -95,7 +95,7 @@ def test_dearer_precision_means_a_colder_model():
 
 def test_models_must_share_a_tokenizer(small):
     other = keep_vocab(load_lm("smollm2-135m-instruct", max_length=4), [0, 2, 504, 601, 600, *range(602, 661)])
-    with pytest.raises(ValueError, match="model and reference must share a tokenizer, got '.*' and '.*' for token 3"):
+    with pytest.raises(ValueError, match=r"model and reference must share a tokenizer, got '.*' and '.*' for token 3"):
         check_same_tokens(small, other)
     with pytest.raises(ValueError, match="got 3 and 64 tokens; the first 3 agree"):
         check_same_tokens(keep_vocab(load_lm("smollm2-135m-instruct", max_length=4), [0, 2, 504]), small)
