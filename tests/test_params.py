@@ -210,6 +210,11 @@ def test_a_copy_with_another_parameter_is_checked_by_types(folder):
         (SmolLM2Params, {"vocab_size": 50_000}, "vocab_size must be an integer >= 8 and <= 49152, got 50000"),
         (SmolLM2Params, {"max_length": 8192}, "max_length must be an integer >= 1 and <= 8191, got 8192"),
         (SmolLM2Params, {"teacher_width": 100}, "teacher_width must be an integer >= 64 and a multiple of 64, got 100"),
+        (SmolLM2Params, {"teacher_shape": "1.7b"}, 'teacher_shape must be "plain" or "135m" or "360m", got \'1.7b\''),
+        (SmolLM2Params, {"student_shape": "135m", "student_width": 576}, "student_shape 135m must have student_width: 576, student_layers: 30, got 576 and 1"),
+        (SmolLM2Params, {"micro_batch": 0}, "micro_batch must be an integer >= 1 or nothing, got 0"),
+        (SmolLM2Params, {"device": "gpu"}, 'device must be "cpu" or "cuda" or "auto", got \'gpu\''),
+        (SmolLM2Params, {"dtype": "float16"}, 'dtype must be "float32" or "bfloat16", got \'float16\''),
         (SmolLM2Params, {"lr": 2}, "lr must be a number > 0 and <= 1, got 2"),
         (SmolLM2Params, {"prompt": ""}, "prompt must be text of length >= 1, got ''"),
         (SmolLM2Params, {"seed": -1}, "seed must be an integer >= 0, got -1"),
@@ -217,6 +222,19 @@ def test_a_copy_with_another_parameter_is_checked_by_types(folder):
 )
 def test_ranges(model, values, message):
     assert find_problems(model, values, "x.ipynb") == [message]
+
+
+def test_every_run_file_of_the_project_is_valid():
+    files = sorted((EXPERIMENTS.parents[1] / "params").glob("*.yaml"))
+    assert {"gmm", "smollm2-smoke", "smollm2-laptop", "smollm2-gpu", "smollm2-paper"} <= {load_run(f).name for f in files}
+
+
+def test_the_paper_tier_is_the_published_recipe():
+    found = {c.params["tau"]: SmolLM2Params(**c.params) for c in cells(load_run(EXPERIMENTS.parents[1] / "params" / "smollm2-paper.yaml"))}
+    assert list(found) == ["direct", 0.8, 0.875, 0.95, 1.0]
+    p = found["direct"]
+    assert (p.n_train, p.n_select, p.max_length, p.n_seeds, p.vocab_size) == (10_000_000, 100_000, 511, 5, 49_152)
+    assert (p.teacher_shape, p.student_shape, p.teacher_epochs, p.student_epochs, p.batch_size, p.lr) == ("360m", "135m", 5, 1, 256, 5e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
