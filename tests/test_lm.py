@@ -11,7 +11,7 @@ from scipy import stats
 from kdnb.core import make_rng, measure, precision, recall
 from kdnb.lm import LM, Tokens, keep_vocab, llama_config, load_lm, load_tokens, new_lm, packaged_gguf, save_lm, save_tokens, toy_lm
 from kdnb.sampling import enumerate_lm, inverse_cdf, sample_lm
-from kdnb.scoring import log_probs, score_lm, token_mass
+from kdnb.scoring import check_drift, log_probs, score_lm, token_mass
 from kdnb.training import Checkpoint, TrainConfig, backward, nats_per_token, train_lm
 
 
@@ -389,3 +389,13 @@ def test_micro_batches_leave_no_trace(toy, student):
 def test_training_settings_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**change)
+
+
+def test_samples_that_no_longer_fit_their_model_are_refused(toy, student):
+    draws = sample_lm(student, 40, 0.7, rng=make_rng(12))
+    assert check_drift(student.sharpen(0.7), draws) < 1e-4
+    for lm in (student, toy):
+        with pytest.raises(ValueError, match=r"tokens must be draws of this model, got log-probability .* where it now gives .* at \[\d+, \d\], tolerance 0.001; sample them again"):
+            check_drift(lm, draws)
+    with pytest.raises(ValueError, match="tokens must carry the log-probabilities of their drawing, got none"):
+        check_drift(student, draws._replace(log_prob=None))
