@@ -126,7 +126,7 @@ class Work(NamedTuple):
 
 # %% ../nbs/47_plan.ipynb #ebe24f3b
 TOKENIZER_BYTES = 3_524_000  # SmolLM2's, beside every model
-ARTIFACT_BYTES = 2_500       # manifest, schema
+ARTIFACT_BYTES = 3_000       # manifest, schema
 SAMPLE_BATCH = 1024          # sequences that teachers and students draw at a time
 TRUTH_BATCH, SCORE_BATCH, SCORE_ROWS = 256, 64, 2048  # defaults of kdnb.sampling and kdnb.scoring
 DEQUANTISED_BYTES_S = 30e6   # bytes a second at which packaged weights become float32, measured
@@ -165,7 +165,7 @@ class _Pricer:
         "Sampled sequences."
         work = Work("sample", network, n, self.t, min(batch, n), self.prompt, self.bytes)
         kept = 4 * work.tokens * network.vocab if keep else 0
-        disk = ARTIFACT_BYTES + math.ceil(work.tokens * (4 + math.log2(network.vocab) / 8)) + kept
+        disk = ARTIFACT_BYTES + math.ceil(work.tokens * (8 + math.log2(network.vocab) / 8)) + kept
         return Price(stage, (work,), work.tokens, disk, self._sampler_bytes(work), 20 * work.tokens + kept)
 
     def weights(self) -> Price:
@@ -202,7 +202,18 @@ class _Pricer:
         source = self.full.n_parameters if self.truth != self.full else 0
         networks = (student.n_parameters + self.truth.n_parameters + source) * self.bytes + 4 * SCORE_ROWS * self.truth.vocab
         arrays = 40 * n * self.t + 16 * SCORE_ROWS * self.truth.vocab + (8 * n * self.t * self.truth.vocab if self.keep else 0)
-        return Price("scores", work, 2 * n * self.t, ARTIFACT_BYTES + 80 * n, networks, arrays)
+        return Price("scores", work, 2 * n * self.t, ARTIFACT_BYTES + 80 * n + self._points_bytes, networks, arrays)
+
+    @property
+    def _points_bytes(self) -> int:
+        "Embeddings of one side's evaluation draws."
+        return 4 * self.p.n_eval * self.truth.width
+
+    def embedding(self) -> Price:
+        "The truth reads its own evaluation draws."
+        n, source = self.p.n_eval, self.full.n_parameters if self.truth != self.full else 0
+        work = Work("heldout", self.truth, n, self.t, min(SCORE_BATCH, n), self.prompt, self.bytes)
+        return Price("embedding", (work,), work.tokens, ARTIFACT_BYTES + self._points_bytes, (self.truth.n_parameters + source) * self.bytes, 20 * work.tokens)
 
     def price(self, recipe: Recipe) -> Price:
         "The price of anything that a pipeline asks for."
@@ -213,7 +224,7 @@ class _Pricer:
             return self._draws(stage, self.roles[stage.split("-")[0]], n, SAMPLE_BATCH)
         if stage in self.roles:
             return self.training(stage)
-        return self.vocabulary() if stage == "vocabulary" else self.scores()
+        return {"vocabulary": self.vocabulary, "scores": self.scores, "embedding": self.embedding}[stage]()
 
 
 def prices(
@@ -399,7 +410,7 @@ class Machine:
 # %% ../nbs/47_plan.ipynb #f95c9363
 STAGES = {
     "weights": "weights", "vocabulary": "vocabulary", "truth": "truth draws", "teacher": "teachers", "teacher-draws": "teacher draws",
-    "student": "students", "student-draws": "student draws", "scores": "scores",
+    "student": "students", "student-draws": "student draws", "scores": "scores", "embedding": "embeddings",
 }
 
 
