@@ -440,15 +440,23 @@ def _chosen_curves(lines: pd.DataFrame, chosen: alt.Parameter, students: Sequenc
     x = alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, nice=False, padding=8), axis=alt.Axis(tickCount=5))
     y = alt.Y("y:Q", title=y_title, scale=alt.Scale(domain=list(domain), nice=False), axis=alt.Axis(tickCount=6))
     tips = ["student:N", "series:N", alt.Tooltip("x:Q", title=x_title, format=".4~g"), alt.Tooltip("y:Q", title=y_title, format=".4~g")]
-    ends = known.groupby(["student", "series"], sort=False).tail(1)
-    apart = ends.groupby("student", sort=False)["y"].transform(lambda v: spread(v, 15 / height * (domain[1] - domain[0])))
+    ends = known.sort_values("x", kind="stable").groupby(["series"] if across else ["student", "series"], sort=False).tail(1)
+    ends = ends.assign(whose="" if across else ends["student"])
+    apart = ends.groupby("whose", sort=False)["y"].transform(lambda v: spread(v, 15 / height * (domain[1] - domain[0])))
     pale = alt.Chart(known).mark_line(strokeWidth=1.25, color="#c3c9d2").encode(x=x, y=y, detail=["series:N"] if across else ["student:N", "series:N"])
     mine = alt.Chart(known).transform_filter(chosen).encode(x=x, y=y, color=colour, tooltip=tips)
-    names = alt.Chart(ends.assign(at=apart)).transform_filter(chosen).mark_text(align="left", dx=9, fontSize=12.5, fontWeight=600)
+    named = alt.Chart(ends.assign(at=apart)) if across else alt.Chart(ends.assign(at=apart)).transform_filter(chosen)
+    names = named.mark_text(align="left", dx=9, fontSize=12.5, fontWeight=600)
     return alt.layer(
         pale, mine.mark_circle(size=80, opacity=1) if across else mine.mark_line(strokeWidth=2.25),
         names.encode(x=x, y=alt.Y("at:Q", scale=alt.Scale(domain=list(domain), nice=False), title=y_title), text="series:N", color=colour),
     ).properties(width=width, height=height)
+
+
+def _interval(row: pd.Series, part: str) -> str:
+    "Mean and half of the interval of one point of the plane."
+    lo, hi = (float(row[part + end]) for end in ("_lo", "_hi"))
+    return number(Estimate(float(row[part]), (hi - lo) / 4, lo, hi, 1))
 
 
 def linked(
@@ -462,7 +470,7 @@ def linked(
     symlog: bool = False,              # the plane on a symmetric log scale
 ) -> alt.TopLevelMixin:                # plane, curves and texts, one choice
     "A precision–recall plane in which a student is chosen, beside its curves, above its texts."
-    frame, texts = _need(frame, ["student"]), _need(texts, ["student", "text"], "texts")
+    frame, texts = _need(frame, ["student", *(p + s for p in PARTS for s in ("", "_lo", "_hi"))]), _need(texts, ["student", "text"], "texts")
     students = frame["student"].tolist()
     if len(set(students)) < len(students):
         raise ValueError(f"student must name each row of frame once, got {next(s for s in students if students.count(s) > 1)!r} twice")
@@ -477,15 +485,13 @@ def linked(
     shown = _text_lines(texts, wide - 16)
     rows = alt.Y("row:Q", scale=alt.Scale(domain=[-0.5, float(shown["row"].max()) + 0.5], reverse=True, nice=False), axis=None)
     mine = alt.Chart(shown).transform_filter(chosen).encode(y=rows)
-    told = alt.Chart(made.frame.assign(said=[
-        f"{s}: recall {r:.4g}, precision {p:.4g} nats".replace("-", "−") for s, r, p in zip(students, made.frame[RECALL], made.frame[PRECISION], strict=True)
-    ])).transform_filter(chosen).mark_text(align="left", baseline="bottom", x=0, y=-8, fontSize=13, fontWeight=600, color=INK).encode(text="said:N")
+    told = alt.Chart(pd.DataFrame([{"student": s, "said": f"{s}: " + ", ".join(f"{p} {_interval(frame.iloc[i], p)}" for p in (PRECISION, RECALL)) + " nats"} for i, s in enumerate(students)])).transform_filter(chosen).mark_text(align="left", baseline="bottom", x=0, y=-8, fontSize=13, fontWeight=600, color=INK).encode(text="said:N")
     below = alt.layer(
         told, mine.transform_filter("datum.first").mark_circle(size=18, x=4, color=MUTED, opacity=1),
         mine.mark_text(align="left", baseline="middle", x=14, fontSize=TEXT_SIZE, color=INK, limit=wide - 14).encode(text="text:N"),
     ).properties(width=wide, height=TEXT_LINE * (int(shown["row"].max()) + 1))
     plane = alt.layer(*made.layers, here.mark_circle(size=70, opacity=0).encode(tooltip=["student:N"]).add_params(chosen), ring).properties(width=width, height=height)
-    above = plane if lines is None else alt.hconcat(plane, _chosen_curves(_need(lines, ["student", "series", "x", "y"], "lines"), chosen, students, x_title, y_title, side, height), spacing=24)
+    above = plane if lines is None else alt.hconcat(plane, _chosen_curves(_need(lines, ["student", "series", "x", "y"], "lines"), chosen, students, x_title, y_title, side, height), spacing=24).resolve_scale(color="independent")
     said = f"Precision against recall, with a choice of student: {title}. {subtitle}. {made.said}. Texts of each chosen student are below, curves beside."
     return alt.vconcat(above, below, spacing=38).properties(title=_title(title, subtitle, wide), description=said)
 
@@ -552,7 +558,7 @@ def density_slider(
     if any(list(panels) != names for panels in steps.values()):
         raise ValueError(f"steps must have the panels {', '.join(names)} at every value, got others")
     curve, palette, width = _need(curve, ["knob", "series", "value"], "curve"), colours(names), {1: 340, 2: 280}.get(len(names), 200)
-    at = alt.param(name="step", value=0, bind=alt.binding_range(min=0, max=len(values) - 1, step=1, name=f"{knob}: turn "))
+    at = alt.param(name="step", value=0, bind=alt.binding_range(min=0, max=len(values) - 1, step=1, name=f"{knob} from {values[0]:g} to {values[-1]:g} "))
     charts = []
     for i, name in enumerate(names):
         extents = [_picture(name, *panels[name], palette[name]) for panels in steps.values()]
@@ -564,14 +570,19 @@ def density_slider(
         charts.append(alt.layer(image, *_heading(name, "", palette[name])).properties(width=width, height=height))
     lines = colours(curve["series"])
     x = alt.X("knob:Q", title=f"{knob} (log scale)", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g", tickCount=6))
-    y = alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=False))
-    colour = alt.Color("series:N", title=None, scale=alt.Scale(domain=list(lines), range=list(lines.values())))
+    y_scale = alt.Scale(domain=list(_domain(curve["value"])), nice=False)
+    y = alt.Y("value:Q", title=y_title, scale=y_scale)
+    colour = alt.Color("series:N", scale=alt.Scale(domain=list(lines), range=list(lines.values())), legend=None)
+    ends = curve.sort_values("knob", kind="stable").groupby("series", sort=False).tail(1)
+    low, high = _domain(curve["value"])
+    ends = ends.assign(at=spread(ends["value"], 15 / 200 * (high - low)))
     now = pd.DataFrame({"at": range(len(values)), "knob": values, "label": [f"{knob} = {v:g}" for v in values]})
     here = alt.Chart(now).transform_filter("datum.at == step")
     below = alt.layer(
         alt.Chart(curve).mark_line(strokeWidth=2.25).encode(x=x, y=y, color=colour),
         here.mark_rule(strokeWidth=1.5, color=INK).encode(x=x),
-        here.mark_text(align="left", dx=6, y=8, fontSize=12.5, fontWeight=600, color=INK).encode(x=x, text="label:N"),
+        alt.Chart(ends).mark_text(align="left", dx=9, fontSize=12.5, fontWeight=600).encode(x=x, y=alt.Y("at:Q", title=y_title, scale=y_scale), text="series:N", color=colour),
+        here.mark_text(baseline="bottom", y=-5, fontSize=12.5, fontWeight=600, color=INK).encode(x=x, text="label:N"),
     ).properties(width=len(names) * (width + 20) - 20, height=200)
     whole = alt.vconcat(alt.hconcat(*charts, spacing=20), below).add_params(at)
     said = f"Densities of {', '.join(names)} at {len(values)} values of {knob} from {values[0]:g} to {values[-1]:g}, chosen by a slider, above the curves of {', '.join(lines)}"

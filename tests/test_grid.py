@@ -136,7 +136,7 @@ def test_fingerprint_changes_with_what_matters(tmp_path, package):
 
 @pytest.mark.parametrize("status", ["", "[]", "{}", '{"state": "ok", "fingerprint": "other"}', '{"state": "failed", "fingerprint": "f"}'])
 def test_not_finished(tmp_path, status):
-    job = Job("x=1", "t", tmp_path / "n.ipynb", tmp_path, {}, "f")
+    job = Job("x=1", tmp_path / "n.ipynb", tmp_path, {}, "f")
     (tmp_path / "notebook.ipynb").write_text("{}")
     (tmp_path / "status.json").write_text(status)
     assert not is_finished(job)
@@ -161,7 +161,7 @@ def test_a_report_that_cannot_be_drawn_does_not_cost_the_cell(tmp_path, monkeypa
         raise RuntimeError("no ink\nand no paper")
 
     monkeypatch.setattr(report, "render", broken)
-    job = Job("x=1", "t", tmp_path / "n.ipynb", tmp_path, {}, "f")
+    job = Job("x=1", tmp_path / "n.ipynb", tmp_path, {}, "f")
     write_notebook(tmp_path / ".partial.ipynb")
     grid._finish(job, "", 1.0)
     status = read_json(tmp_path / "status.json")
@@ -185,7 +185,7 @@ def test_help_is_quick_and_says_what_to_type():
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 1.0 or os.getloadavg()[0] > os.cpu_count()
     assert "kdnb_run params/gmm.yaml params/smollm2-laptop.yaml --workers 2" in done.stdout
-    assert "2    bad input; nothing was run" in done.stdout
+    assert "2    bad input; nothing was done" in done.stdout
 
 
 def test_bad_input_runs_nothing(folder, capsys):
