@@ -99,6 +99,8 @@ def test_lab_runs_the_start_notebook_and_shows_its_charts(lab, driver):
     driver.execute_script("window.jupyterapp.shell.currentWidget.content.widgets.forEach(c => c.model.clearExecution?.())")
     wait.until(lambda d: d.execute_script(DRAWN) == 0)
 
+    idle = "return window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"
+    wait.until(lambda d: d.execute_script(idle))  # before that, running a cell does nothing
     driver.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     wait.until(lambda d: (found := d.execute_script(CELLS)) == list(range(1, len(found) + 1)))  # the kernel was fresh
     assert driver.find_elements("css selector", "[data-mime-type='application/vnd.jupyter.error'], .jp-Dialog") == []
