@@ -29,8 +29,8 @@ test: $(READY)  ## check, run the notebooks, run the tests
 check: $(READY)  ## notebooks, library, README, lint and outputs agree (seconds)
 	@$(BIN)/kdnb_check
 
-lab: $(READY)  ## JupyterLab
-	@$(BIN)/jupyter-lab nbs/index.ipynb
+lab: $(READY)  ## JupyterLab, at the notebook to start with
+	@$(BIN)/jupyter-lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.news_url=None nbs/start.ipynb
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@$(BIN)/kdnb_site readme

@@ -5,25 +5,24 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'TOKENIZER_BYTES', 'ARTIFACT_BYTES', 'SAMPLE_BATCH', 'TRUTH_BATCH', 'SCORE_BATCH', 'SCORE_ROWS',
            'DEQUANTISED_BYTES_S', 'UTILISATION', 'BANDWIDTH_SHARE', 'LAUNCH_S', 'HOST_BYTES_S', 'ACCELERATORS',
-           'CALIBRATION_S', 'EXTRAPOLATED_SHARE', 'MOST_MEASURED', 'STAGES', 'HELP', 'Network', 'source_network',
-           'Work', 'Price', 'prices', 'Accelerator', 'accelerator_s', 'find_accelerator', 'measured_rate', 'Machine',
-           'plan', 'show', 'main']
+           'CALIBRATION_S', 'EXTRAPOLATED_SHARE', 'MOST_MEASURED', 'STAGES', 'Network', 'source_network', 'Work',
+           'Price', 'prices', 'Accelerator', 'accelerator_s', 'find_accelerator', 'measured_rate', 'Machine', 'plan',
+           'show', 'main']
 
 # %% ../nbs/47_plan.ipynb #a6316642
 import argparse
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .cli import Parser, parser, run_command
 from .grid import threads_per_kernel
-from .params import ParamsError, RunFile, SmolLM2Params, cells, load_run
-from .pipeline import Pipeline, keeps_next, role_config
+from .params import RunFile, SmolLM2Params, cells, load_run
 from .store import Recipe
 
 # %% ../nbs/47_plan.ipynb #6923fce9
@@ -148,6 +147,8 @@ class _Pricer:
     "Sizes that the artifacts of a cell have in common."
 
     def __init__(self, params: SmolLM2Params):
+        from kdnb.pipeline import keeps_next, role_config  # brings torch: help must not wait for it
+
         self.p, self.t = params, params.max_length
         self.prompt = len(params.prompt.split())  # about a token a word
         self.full = source_network(params.source)
@@ -231,6 +232,8 @@ def prices(
     run: RunFile,       # of the SmolLM2 experiment
 ) -> list[Price]:       # one per artifact; what cells share counts once
     "Everything that a run asks of the store, made or not."
+    from kdnb.pipeline import Pipeline
+
     if run.notebook.stem != "smollm2":
         raise ValueError(f"notebook must be smollm2.ipynb to be planned, got {run.notebook.name}")
     found: dict[str, Price] = {}
@@ -466,30 +469,17 @@ def show(
     return "\n".join("  ".join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in [head, *lines])
 
 # %% ../nbs/47_plan.ipynb #4a1eb42d
-HELP = """
-example:
-  kdnb_plan params/smollm2-gpu.yaml params/smollm2-paper.yaml --device a100
-
-  Nothing is run but a calibration of about ten seconds. Stages that cells share
-  count once; what is already in the store counts, too. Sequences are taken to
-  reach max_length. A token costs 2N + 4Lhc FLOPs forwards and three times that
-  in training (Kaplan et al. 2020); * is extrapolated from FLOPs.
-
-exit status:
-  0    planned
-  2    bad input
-  130  interrupted
-"""
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     "The command line of kdnb_plan."
-    parser = argparse.ArgumentParser("kdnb_plan", description="Say what a run of the SmolLM2 experiment will cost.", epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="run file (YAML)")
-    parser.add_argument("--device", default="h100", metavar="NAME", help=f"accelerator to compare with: {', '.join(ACCELERATORS)} (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+    notes = """Nothing is run but a calibration of about ten seconds. Stages that cells share
+count once; what is already in the store counts, too. Sequences are taken to
+reach max_length. A token costs 2N + 4Lhc FLOPs forwards and three times that
+in training (Kaplan et al. 2020); * is extrapolated from FLOPs."""
+    made = parser("kdnb_plan", "Say what a run of the SmolLM2 experiment will cost.", "kdnb_plan params/smollm2-gpu.yaml params/smollm2-paper.yaml --device a100", notes, {0: "planned"})
+    made.add_argument("files", nargs="+", metavar="FILE", help="run file (YAML)")
+    made.add_argument("--device", default="h100", metavar="NAME", help=f"accelerator to compare with: {', '.join(ACCELERATORS)} (default: %(default)s)")
+    made.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
+    return made
 
 
 def _notes(machine: Machine, rows: Sequence[dict], name: str) -> str:
@@ -533,21 +523,18 @@ def _report(args: argparse.Namespace) -> str:
         plans.append((run.name, machine, plan(bill, machine, device)))
     if args.json:
         return json.dumps([_as_json(name, machine, rows, args.device) for name, machine, rows in plans], indent=1)
-    return "\n\n".join(f"{name}\n{show(rows, args.device)}\n{_notes(machine, rows, args.device)}" for name, machine, rows in plans)
+    tables = [(f"{name}\n{show(rows, args.device)}", _notes(machine, rows, args.device)) for name, machine, rows in plans]
+    return "\n\n".join(table if args.quiet else f"{table}\n{notes}" for table, notes in tables)
+
+
+def _print_report(args: argparse.Namespace) -> list[str]:  # nothing fails but bad input
+    "Print the plan."
+    print(_report(args))
+    return []
 
 
 def main(
     argv: list[str] | None = None,  # omitted: the command line
 ) -> int:                           # exit status
     "kdnb_plan: say what a run will cost."
-    args = _parser().parse_args(argv)
-    try:
-        print(_report(args))
-    except KeyboardInterrupt:
-        return 130
-    except (ParamsError, ValueError) as e:
-        if args.debug:
-            raise
-        print("\n".join(f"kdnb_plan: {line}" for line in str(e).splitlines()), file=sys.stderr)
-        return 2
-    return 0
+    return run_command(_parser(), _print_report, argv)

@@ -136,7 +136,7 @@ def test_fingerprint_changes_with_what_matters(tmp_path, package):
 
 @pytest.mark.parametrize("status", ["", "[]", "{}", '{"state": "ok", "fingerprint": "other"}', '{"state": "failed", "fingerprint": "f"}'])
 def test_not_finished(tmp_path, status):
-    job = Job("x=1", "t", tmp_path / "n.ipynb", tmp_path, {}, "f")
+    job = Job("x=1", tmp_path / "n.ipynb", tmp_path, {}, "f")
     (tmp_path / "notebook.ipynb").write_text("{}")
     (tmp_path / "status.json").write_text(status)
     assert not is_finished(job)
@@ -161,7 +161,7 @@ def test_a_report_that_cannot_be_drawn_does_not_cost_the_cell(tmp_path, monkeypa
         raise RuntimeError("no ink\nand no paper")
 
     monkeypatch.setattr(report, "render", broken)
-    job = Job("x=1", "t", tmp_path / "n.ipynb", tmp_path, {}, "f")
+    job = Job("x=1", tmp_path / "n.ipynb", tmp_path, {}, "f")
     write_notebook(tmp_path / ".partial.ipynb")
     grid._finish(job, "", 1.0)
     status = read_json(tmp_path / "status.json")
@@ -178,14 +178,6 @@ def test_threads(monkeypatch):
 
 
 # --- the command --------------------------------------------------------------------------------
-
-
-def test_help_is_quick_and_says_what_to_type():
-    start = time.perf_counter()
-    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 1.0 or os.getloadavg()[0] > os.cpu_count()
-    assert "kdnb_run params/gmm.yaml params/smollm2-laptop.yaml --workers 2" in done.stdout
-    assert "2    bad input; nothing was run" in done.stdout
 
 
 def test_bad_input_runs_nothing(folder, capsys):
@@ -365,3 +357,45 @@ def test_display_ctrl_c_and_two_runs_of_one_file(folder, capfd):
         assert second.result(timeout=60)["single"]["ran"]
     assert states(folder / "reports" / "toy") == {"single": "ok"}
     assert (folder / "diary").read_text() == "1\n1\n"  # interrupted once, then to the end
+
+
+# --- reports again ------------------------------------------------------------------------------
+
+
+def executed(folder, *names):
+    "Runs as they lie on disk, without reports."
+    for name in names:
+        (folder / "reports" / name).mkdir(parents=True)
+        write_notebook(folder / "reports" / name / "notebook.ipynb", cell("t", "# Title", kind="markdown"))
+
+
+def test_reports_are_drawn_again(folder, capsys):
+    executed(folder, "a/x=1", "a/summary", "b/single", ".trash/x=1", "a/.unused/x=2")
+    assert grid.report_main([]) == 0
+    assert capsys.readouterr() == ("3 reports; read reports/index.html\n", "")
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*.html")) == ["reports/a/summary/report.html", "reports/a/x=1/report.html", "reports/b/single/report.html", "reports/index.html"]
+    assert "<title>a · x=1</title>" in (folder / "reports/a/x=1/report.html").read_text()
+
+
+def test_reports_of_one_run_and_of_one_cell(folder, capsys):
+    executed(folder, "a/x=1", "a/x=2", "b/single")
+    assert grid.report_main(["reports/a/x=1", "--quiet"]) == 0
+    assert sorted(p.parent.name for p in folder.rglob("report.html")) == ["x=1"]
+    assert grid.report_main(["reports/a", "reports/b/single", "-q"]) == 0
+    assert sorted(p.parent.name for p in folder.rglob("report.html")) == ["single", "x=1", "x=2"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_report_that_fails_is_listed_and_the_others_are_made(folder, capsys):
+    executed(folder, "a/x=1", "a/x=2")
+    (folder / "reports/a/x=1/notebook.ipynb").write_text("{}")
+    assert grid.report_main(["-q"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"a/x=1: report not made: \w+: .*\n", err)
+    assert (folder / "reports/a/x=2/report.html").is_file()
+
+
+def test_nothing_to_report(folder, capsys):
+    assert grid.report_main([]) == 2
+    assert capsys.readouterr().err == "kdnb_report: folder must hold executed notebooks, got none in reports; kdnb_run makes them\n"
