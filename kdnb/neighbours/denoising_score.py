@@ -177,7 +177,7 @@ def new_network(
 def apply_network(
     network: Network,
     x: Float[Tensor, "*b n i"],
-) -> Float[Tensor, "*b n o"]:
+) -> Float[Tensor, "*c n o"]:
     "A plain network with SiLU between its layers."
     for weight, bias in network[:-1]:
         x = torch.nn.functional.silu(x @ weight + bias)
