@@ -24,6 +24,7 @@ from kdnb.neighbours.online import (
     geometric_module,
     log_table,
     read_by,
+    recall_beyond,
     reverse_gaussian,
     reverse_kl,
     student_slope,
@@ -273,3 +274,12 @@ def test_distil_lm_learns_leaves_its_argument_alone_and_repeats():
     assert len(calls) == 24
     assert all(torch.equal(v, before[k]) for k, v in start.model.state_dict().items())
     assert all(torch.equal(v, again.model.state_dict()[k]) for k, v in once.model.state_dict().items())
+
+
+# --- comparing at equal precision ---------------------------------------------------------------
+
+
+def test_recall_beyond_a_curve():
+    curve = [(torch.tensor([p, 10.0 + p]), torch.tensor([r, 2 * r])) for p, r in ((2.0, -4.0), (0.0, 0.0), (1.0, -1.0))]  # not in order
+    np.testing.assert_allclose(recall_beyond(curve, torch.tensor([1.5, 10.5]), torch.tensor([-2.0, -2.0])), [0.5, -1.0])
+    np.testing.assert_allclose(recall_beyond(curve, torch.tensor([9.0, 0.0]), torch.tensor([-4.0, 0.0])), [0.0, 0.0])  # beyond the ends: the ends

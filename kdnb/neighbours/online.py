@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['arithmetic_module', 'geometric_module', 'forward_kl', 'reverse_kl', 'student_slope', 'log_table', 'as_chain',
-           'visits', 'LowRank', 'distil_table', 'OnlineModule', 'Cost', 'cost', 'reverse_gaussian', 'read_by',
-           'distil_lm']
+           'visits', 'LowRank', 'distil_table', 'OnlineModule', 'recall_beyond', 'Cost', 'cost', 'reverse_gaussian',
+           'read_by', 'distil_lm']
 
 # %% ../../nbs/neighbours/02_online.ipynb #a6316642
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..chain import Counts, MarkovChain
@@ -157,6 +158,18 @@ class OnlineModule:
         return self._log_t(log_p).detach()
 
 # %% ../../nbs/neighbours/02_online.ipynb #3b4708b8
+def recall_beyond(
+    curve: Sequence[tuple[Tensor, Tensor]],  # precision and recall (s,) of each arm of the curve
+    precision: Float[Tensor, " s"],          # of the arm that is compared, per seed
+    recall: Float[Tensor, " s"],
+) -> Float64[np.ndarray, " s"]:              # nats; beyond the curve's ends its last point counts
+    "Recall minus that of a curve at the same precision, seed by seed."
+    p, r = (torch.stack(a, -1).numpy() for a in zip(*curve, strict=True))
+    order = p.argsort(-1)
+    p, r = np.take_along_axis(p, order, -1), np.take_along_axis(r, order, -1)
+    return recall.numpy() - np.array([np.interp(x, *a) for x, *a in zip(precision.numpy(), p, r, strict=True)])
+
+# %% ../../nbs/neighbours/02_online.ipynb #f95c9363
 class Cost(NamedTuple):
     "What one training asks for, in symbols."
     student: int  # predictions of the student that are differentiated
@@ -175,7 +188,7 @@ def cost(
     passes = n_prefixes * steps
     return Cost(passes, passes if on_policy else n_prefixes, passes if online else 0, passes if on_policy else 0)
 
-# %% ../../nbs/neighbours/02_online.ipynb #f95c9363
+# %% ../../nbs/neighbours/02_online.ipynb #4a1eb42d
 def reverse_gaussian(
     p: Mixture,               # the teacher, or a batch
     start: Mixture,           # one diagonal component each
@@ -201,7 +214,7 @@ def reverse_gaussian(
         schedule.step()
     return Mixture(one, mean.detach()[..., None, :], (2 * log_sd.detach()).exp()[..., None, :])
 
-# %% ../../nbs/neighbours/02_online.ipynb #4a1eb42d
+# %% ../../nbs/neighbours/02_online.ipynb #7730a47b
 def read_by(
     teacher: LM,
     tokens: Tokens,   # whoever drew them
