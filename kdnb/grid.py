@@ -332,7 +332,7 @@ def run_grid(
     threads = threads_per_kernel(workers)
     package = Package.find()
     with _alone(folder):
-        jobs = [Job(c.name, run.notebook, folder / c.name, c.params, fingerprint(run.notebook, c.params, package)) for c in cells(run)]
+        jobs = [Job(c.name, c.notebook, folder / c.name, c.params, fingerprint(c.notebook, c.params, package)) for c in cells(run)]
         _set_aside(folder, {job.name for job in jobs} | {"summary"})
         todo = [job for job in jobs if force or not is_finished(job)]
         with track(total=len(jobs) + bool(run.summary), desc=run.name, unit="cell") as bar:

@@ -273,6 +273,23 @@ def test_a_run_from_failure_to_publication(folder, capfd):
     assert (run / "x=1" / "status.json").stat().st_mtime_ns > first[run / "x=1" / "status.json"][1]
 
 
+@pytest.mark.slow
+def test_an_axis_may_choose_the_notebook(folder, capfd):
+    for name in ("01_a", "02_b"):
+        write_notebook(folder / f"{name}.ipynb", cell("p", "x = 1", "parameters"), cell("c", f"print('{name}', x)"))
+    write_notebook(folder / "end.ipynb", cell("s", "from pathlib import Path\nprint(sorted(p.parent.name for p in Path('..').glob('*/status.json')))"))
+    (folder / "all.yaml").write_text("notebook: '{method}.ipynb'\nsummary: end.ipynb\ngrid: {method: [01_a, 02_b]}\ncases: {02_b: {x: 5}}\nworkers: 2")
+    assert main(["all.yaml", "--quiet"]) == 0
+    run = folder / "reports" / "all"
+    printed = {name: "".join("".join(o["text"]) for c in read_json(run / name / "notebook.ipynb")["cells"] for o in c["outputs"]) for name in states(run)}
+    assert printed == {"method=01_a": "01_a 1\n", "method=02_b": "02_b 5\n", "summary": "['method=01_a', 'method=02_b']\n"}
+
+    # a changed notebook runs its own cells only
+    write_notebook(folder / "01_a.ipynb", cell("p", "x = 1", "parameters"), cell("c", "print('new', x)"))
+    assert main(["all.yaml"]) == 0
+    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()][:2] == ["all · method=01_a", "all · summary"]
+
+
 def test_a_cell_that_hangs_is_ended(folder, capfd):
     file = write_run(folder, "timeout_s: 1.5", "import subprocess, time\nsubprocess.run(['sleep', '98765'])")
     assert main([file, "--quiet"]) == 1
