@@ -81,22 +81,21 @@ def fit_logistic(
         raise ValueError(f"ridge must be > 0, got {ridge}; separable labels have no finite fit")
     w = torch.full_like(labels, 1 / labels.shape[-1]) if weights is None else weights
     coef, eye = torch.zeros_like(features[..., 0, :]), ridge * torch.eye(features.shape[-1], dtype=features.dtype)
+    scales = torch.tensor([1.0, 0.5, 0.25, 0.0625, 0.0], dtype=features.dtype)
 
-    def logits(c: Tensor) -> Tensor:
-        return (features @ c[..., None])[..., 0]
-
-    def loss(c: Tensor) -> Tensor:
-        z = logits(c)
+    def loss(c: Tensor, z: Tensor) -> Tensor:
         return (w * (torch.nn.functional.softplus(z) - labels * z)).sum(-1) + 0.5 * ridge * c.square().sum(-1)
 
-    value, scales = loss(coef), torch.tensor([1.0, 0.5, 0.25, 0.0625, 0.0], dtype=features.dtype).reshape(-1, *[1] * coef.ndim)
+    logit = torch.zeros_like(w * labels)
+    value = loss(coef, logit)
     for _ in range(steps):
-        p = torch.sigmoid(logits(coef))
+        p = torch.sigmoid(logit)
         slope = ((w * (p - labels))[..., None] * features).sum(-2) + ridge * coef
-        curvature = features.mT @ ((w * p * (1 - p))[..., None] * features) + eye
-        tries = coef - scales * torch.linalg.solve(curvature, slope)
-        values = loss(tries)
-        coef = tries.take_along_dim(values.argmin(0)[None, ..., None], 0)[0]
+        move = torch.linalg.solve(features.mT @ ((w * p * (1 - p))[..., None] * features) + eye, slope)
+        turn = (features @ move[..., None])[..., 0]
+        values = torch.stack([loss(coef - scale * move, logit - scale * turn) for scale in scales])
+        best = scales[values.argmin(0)][..., None]
+        coef, logit = coef - best * move, logit - best * turn
         before, value = value, values.amin(0)
         if (before - value).max() <= 1e-15:
             break

@@ -136,6 +136,7 @@ class Arm(NamedTuple):
     start: float = 0.0       # label smoothing at the first step
     end: float = 0.0         # and at the last
     tau: float | None = None # temperature of a teacher's labels; None: the labels themselves
+    strength: float = 1.0    # of the feature loss, times the common weight
 
 # %% ../../nbs/neighbours/06_self_feature.ipynb #3b4708b8
 MATCHED = 16  # signals of each step's feature loss
@@ -166,7 +167,7 @@ def train_nets(
             if arm.matching:
                 own = slice(k * s, (k + 1) * s)
                 part = Features(*(a[own][:, some] for a in seen))
-                loss = loss + feature_weight * feature_loss(Nets(*(w[own] for w in nets)), part, arm.matching, rng).sum()
+                loss = loss + arm.strength * feature_weight * feature_loss(Nets(*(w[own] for w in nets)), part, arm.matching, rng).sum()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
