@@ -1,0 +1,64 @@
+"""Guards of kdnb.bench, and the benchmark notebook in miniature. Nothing here asserts a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kdnb.bench import Contest, alternate, in_processes
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_ratio_is_a_geometric_mean_with_students_interval():
+    ours, peer = np.array([2.0, 4.0, 9.0]), np.array([1.0, 1.0, 3.0])
+    logs = np.log([2.0, 4.0, 3.0])
+    half = stats.t.ppf(0.975, 2) * logs.std(ddof=1) / np.sqrt(3)
+    found = Contest(ours, peer).ratio()
+    np.testing.assert_allclose((found.mean, found.lo, found.hi), np.exp([logs.mean(), logs.mean() - half, logs.mean() + half]), rtol=1e-12)
+
+
+def test_both_take_turns_and_the_first_pair_does_not_count():
+    calls = []
+    contest = alternate(lambda: calls.append("ours") or 1.0, lambda: calls.append("peer") or 2.0, 3)
+    assert calls == ["peer", "ours", "ours", "peer", "peer", "ours", "ours", "peer"]
+    assert contest.ours.shape == contest.peer.shape == (3,)
+
+
+def test_one_repetition_is_refused():
+    with pytest.raises(ValueError, match="repetitions must be >= 2, got 1; one has no interval"):
+        alternate(lambda: 1.0, lambda: 1.0, 1)
+
+
+def test_each_works_in_a_process_of_its_own_with_one_thread():
+    first, second = in_processes([lambda: (os.getpid(), os.environ["OMP_NUM_THREADS"])] * 2)
+    assert os.getpid() not in (first.value[0], second.value[0])
+    assert first.value[1] == second.value[1] == "1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is known on Linux only")
+def test_the_peak_is_what_was_held_at_a_time():
+    small, large = in_processes([lambda n=n: float(np.ones(n // 8).sum()) for n in (8 * 10**6, 10**8)])
+    assert 1e8 <= large.peak_bytes < 1.2e8
+    assert small.peak_bytes < 3e7
+
+
+def test_the_benchmark_runs_in_miniature(tmp_path):
+    """Both sides agree to the stated tolerances (asserted in the notebook), and every line of the result is there."""
+    notebook = ROOT / "nbs" / "experiments" / "bench.ipynb"
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(tmp_path / "out.ipynb")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    contests = {k: e for k, e in metrics["estimates"].items() if isinstance(e, dict) and "ratio" in e}
+    assert {k.split(",")[0] for k in contests} >= {"EM", "scoring", "sampling", "training"}
+    for name, e in contests.items():
+        assert e["ratio"]["lo"] <= e["ratio"]["mean"] <= e["ratio"]["hi"], name
+        assert all(r > 0 for r in (*e["ours_per_s"], *e["peer_per_s"])), name
+        assert e["ratio"]["mean"] < 1e3, f"{name}: the two sides do not count the same work"
+    assert {"scores under the truth", "all"} <= set(metrics["estimates"]["laptop tier, seconds"]["ours"])
