@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 RUNS  ?= gmm smollm2-laptop
 
 .DEFAULT_GOAL := help
-.PHONY: help report test check lab bench publish readme clean
+.PHONY: help report test check lab publish readme clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -28,9 +28,6 @@ test: $(READY)  ## check, run the notebooks, run the tests
 
 check: $(READY)  ## notebooks, library, README, lint and outputs agree (seconds)
 	@$(BIN)/kdnb_check
-
-bench: $(READY)  ## time kdnb against the usual libraries (ten quiet minutes)
-	@$(BIN)/kdnb_run --force params/bench.yaml
 
 lab: $(READY)  ## JupyterLab, at the notebook to start with
 	@$(BIN)/jupyter-lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.news_url=None nbs/start.ipynb
