@@ -34,7 +34,7 @@ def test_every_notebook_is_plain_python_with_a_kernel_that_resolves(path):
 
 def make_lab():
     "What `make lab` types: program, options, notebook."
-    done = subprocess.run(["make", "-n", "-o", ".venv/.ready", "lab"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(["make", "--no-print-directory", "-n", "-o", ".venv/.ready", "lab"], cwd=ROOT, capture_output=True, text=True, check=True)
     return shlex.split(done.stdout.splitlines()[-1])
 
 
