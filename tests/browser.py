@@ -28,8 +28,8 @@ def driver(tmp_path_factory):
     browser.quit()
 
 
-def open_page(driver, address):
-    "Load a page and wait until its charts are drawn; its console errors and its requests to other places (the browser's own new tab aside)."
+def open_page(driver, address, base="file:"):
+    "Load a page and wait until its charts are drawn; its console errors and its requests to other places than `base` (the browser's own new tab aside)."
     from selenium.webdriver.support.ui import WebDriverWait
 
     driver.get_log("browser"), driver.get_log("performance")
@@ -40,12 +40,12 @@ def open_page(driver, address):
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-    return errors, [url for url in asked if not url.startswith(("data:", "blob:", "file:", "chrome:"))]
+    return errors, [url for url in asked if not url.startswith(("data:", "blob:", "chrome:", base))]
 
 
-def check_page(driver, address, charts=0, formulas=0):
+def check_page(driver, address, charts=0, formulas=0, base="file:"):
     "Every chart drawn, every formula rendered, no console error, no request elsewhere, nothing wider than the window."
-    errors, requests = open_page(driver, address)
+    errors, requests = open_page(driver, address, base)
     count = "return document.querySelectorAll(arguments[0]).length"
     assert requests == [], f"requests to other places: {requests}"
     assert errors == [], f"console errors: {errors}"
@@ -54,3 +54,28 @@ def check_page(driver, address, charts=0, formulas=0):
     assert driver.execute_script(count, ".katex") == formulas
     assert driver.execute_script(count, ".katex-error") == 0
     assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+CONTRAST = """
+const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+const light = (rgb) => { const [r, g, b] = rgb.map((v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3]));
+const ground = (el) => { const own = el ? parse(getComputedStyle(el).backgroundColor.replace(/^color\\(srgb (.*)\\)$/, (_, v) => v.split(" ").map((x) => x === "/" ? "" : x * 255).join(" "))) : [255, 255, 255, 1];
+  return own[3] >= 1 || !el ? own.slice(0, 3) : over(own, ground(el.parentElement)); };
+const found = new Map();
+const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walk.nextNode()) {
+  const el = walk.currentNode.parentElement;
+  if (!walk.currentNode.textContent.trim() || el.closest("svg, script, style, .katex, .visually-hidden, .skip") || !el.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+  const style = getComputedStyle(el), under = ground(el);
+  const [a, b] = [light(over(parse(style.color), under)), light(under)].sort((x, y) => y - x);
+  const ratio = (a + 0.05) / (b + 0.05), size = parseFloat(style.fontSize);
+  if (ratio < (size >= 24 || (size >= 18.66 && style.fontWeight >= 700) ? 3 : 4.5)) found.set(el.tagName + "." + el.className, ratio.toFixed(2) + " " + walk.currentNode.textContent.trim().slice(0, 30));
+}
+return [...found].map(([k, v]) => k + " " + v);
+"""
+
+
+def faint(driver):
+    "Texts of the page whose contrast with their ground is below WCAG 2.2 AA (1.4.3): 4.5, or 3 if large."
+    return driver.execute_script(CONTRAST)

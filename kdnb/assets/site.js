@@ -41,6 +41,7 @@
     });
     (figure.querySelector("img") || figure.querySelector("div")).replaceWith(target);
     figure.classList.add("drawn");
+    figure.dataset.shown = dark;
     figure.tabIndex = 0; // wider than a telephone: it scrolls, and the keyboard must reach it
   }
 
