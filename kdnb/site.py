@@ -272,6 +272,12 @@ def _figure(output: Mapping, media: Media, up: str) -> str:
     return f'<figure data-chart="{name}"></figure>'
 
 
+def _cleaned(markup: str) -> str:
+    "HTML that cannot run or load anything; images that lost their source go, too."
+    made = re.sub(r"<img(?![^>]*\ssrc=)[^>]*>", "", report.clean_html(markup))
+    return re.sub(r"<img(?![^>]*\salt=\"[^\"])", '<img alt="Picture"', made)
+
+
 def _plain(data: Mapping) -> str:
     "An output's own text on one line."
     text = " ".join("".join(data.get("text/plain", "")).split())
@@ -295,11 +301,11 @@ def shown(
     if report.VEGALITE_MIME in data:
         made = _figure(output, media, up)
     elif "text/html" in data:
-        made = report.clean_html(text["text/html"])
+        made = _cleaned(text["text/html"])
     elif "text/markdown" in data:
         from nbconvert.filters import markdown2html
 
-        made = report.clean_html(markdown2html(text["text/markdown"]))
+        made = _cleaned(markdown2html(text["text/markdown"]))
     elif "image/svg+xml" in data:
         made = _image(text["image/svg+xml"].encode(), "svg", _plain(data), media, up)
     elif "image/png" in data:
@@ -405,6 +411,11 @@ def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _literal(text: str) -> str:
+    "Untrusted text as Markdown that means itself: every sign is written as its code."
+    return re.sub(r"[!-/:-@\[-`{-~]", lambda m: f"&#{ord(m[0])};", report.visible(text))
+
+
 def experiments_page(
     root: Path,                # of the project
     pages: Mapping[str, str],  # of the site
@@ -419,16 +430,16 @@ def experiments_page(
         states = {page: report.read_state((root / source).parent) for source, page in members}
         cells = [p for p in states if not p.endswith("/summary.html")]
         whole = states.get(f"experiments/{run}/summary.html")
-        body.append(f"## {run}\n\n{_escaped(whole.title) if whole else ''}\n")
+        body.append(f"## {run}\n\n{_literal(whole.title) if whole else ''}\n")
         if whole:
-            body += [f"- {_escaped(report.visible(label))}: **{_escaped(report.visible(report.number(value)))}**" for label, value in whole.headline]
+            body += [f"- {_literal(label)}: **{_literal(report.number(value))}**" for label, value in whole.headline]
             body.append(f"\n[The summary: every curve, table and verdict]({run}/summary.ipynb)\n")
         labels = list(dict.fromkeys(label for p in cells for label, _ in states[p].headline))
-        body += [_row(["cell", *map(_escaped, labels), "wall time"]), "|:---|" + "---:|" * (len(labels) + 1)]
+        body += [_row(["cell", *map(_literal, labels), "wall time"]), "|:---|" + "---:|" * (len(labels) + 1)]
         for page in cells:
             headline = dict(states[page].headline)
             name = page.split("/")[-1].removesuffix(".html")
-            numbers = [_escaped(report.visible(report.number(headline[label]))) if label in headline else "" for label in labels]
+            numbers = [_literal(report.number(headline[label])) if label in headline else "" for label in labels]
             body.append(_row([f"[{name}]({run}/{name}.ipynb)", *numbers, report.duration(states[page].wall_s)]))
         body.append(f"\nAgain on your machine: `kdnb_run params/{run}.yaml`.\n")
     return "\n".join(body)
@@ -441,7 +452,8 @@ def _renamed(part: Any, pages: Mapping[str, str]) -> Any:
         gone = [k for k in ("href", "contents") if k in part and made[k] in (None, [])]
         return None if gone else made
     if isinstance(part, list):
-        return [v for v in (_renamed(v, pages) for v in part) if v is not None]
+        made = [_renamed(v, pages) for v in part]
+        return [w for v in made if v is not None for w in (v if isinstance(v, list) else [v])]
     if isinstance(part, str) and part.endswith(".ipynb"):
         if "*" in part:
             found = [p for s, p in pages.items() if Path(s).match(f"nbs/{part}")]

@@ -57,11 +57,10 @@ def check_page(driver, address, charts=0, formulas=0, base="file:"):
 
 
 CONTRAST = """
-const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return (text.startsWith("color(") ? [n[0] * 255, n[1] * 255, n[2] * 255, n[3] ?? 1] : [n[0], n[1], n[2], n[3] ?? 1]); };
 const light = (rgb) => { const [r, g, b] = rgb.map((v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
 const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3]));
-const ground = (el) => { const own = el ? parse(getComputedStyle(el).backgroundColor.replace(/^color\\(srgb (.*)\\)$/, (_, v) => v.split(" ").map((x) => x === "/" ? "" : x * 255).join(" "))) : [255, 255, 255, 1];
-  return own[3] >= 1 || !el ? own.slice(0, 3) : over(own, ground(el.parentElement)); };
+const ground = (el) => { const own = el ? parse(getComputedStyle(el).backgroundColor) : [255, 255, 255, 1]; return own[3] >= 1 ? own.slice(0, 3) : over(own, ground(el.parentElement)); };
 const found = new Map();
 const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (walk.nextNode()) {

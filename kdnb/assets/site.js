@@ -39,7 +39,11 @@
       mode: "vega-lite", renderer: "svg", ast: true, loader, tooltip: { theme: dark ? "dark" : "light" },
       actions: { export: true, source: false, compiled: false, editor: false },
     });
-    (figure.querySelector("img") || figure.querySelector("div")).replaceWith(target);
+    const old = figure.querySelector("img") || figure.querySelector("div");
+    figure.dataset.alt ??= old.alt;
+    old.replaceWith(target);
+    const svg = target.querySelector("svg.marks");
+    if (!svg.getAttribute("aria-label")) svg.setAttribute("aria-label", figure.dataset.alt);
     figure.classList.add("drawn");
     figure.dataset.shown = dark;
     figure.tabIndex = 0; // wider than a telephone: it scrolls, and the keyboard must reach it
