@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
+from .report import terminal_text
 from .site import outside_code, project_root, readme_parts, site_problems
 
 # %% ../nbs/46_check.ipynb #6923fce9
@@ -150,9 +151,9 @@ def stale_outputs(
         fresh = nbformat.read(path, as_version=4)
         name = path.relative_to(root).as_posix()
         try:
-            NotebookClient(fresh, timeout=None, resources={"metadata": {"path": str(path.parent)}}).execute()
+            NotebookClient(fresh, timeout=None, extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}}).execute()
         except Exception as error:
-            last = [line for line in str(error).splitlines() if line.strip()][-1]
+            last = terminal_text(str(error), colour=False).strip().splitlines()[-1]
             problems.append(f"{name}: cannot be run: {last}")
             continue
         other = [i for i, (a, b) in enumerate(zip(stored, fresh.cells, strict=True)) if _comparable(a.get("outputs", [])) != _comparable(b.get("outputs", []))]
