@@ -9,6 +9,7 @@ __all__ = ['CHECKS', 'notebooks', 'rewritten', 'stale_readme', 'lint', 'shows', 
 # %% ../nbs/46_check.ipynb #a6316642
 import argparse
 import ast
+import asyncio
 import json
 import re
 import shutil
@@ -151,7 +152,7 @@ def stale_outputs(
         fresh = nbformat.read(path, as_version=4)
         name = path.relative_to(root).as_posix()
         try:
-            NotebookClient(fresh, timeout=None, extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}}).execute()
+            asyncio.run(NotebookClient(fresh, timeout=None, extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}}).async_execute())  # a loop of its own, closed at the end, also in a thread
         except Exception as error:
             last = terminal_text(str(error), colour=False).strip().splitlines()[-1]
             problems.append(f"{name}: cannot be run: {last}")
