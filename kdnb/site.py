@@ -504,6 +504,9 @@ def site_config(
         web["sidebar"].append({"id": "log", "style": "docked", "contents": [{"text": {"LOG.md": "Lab log", "CONTRIBUTING.md": "Contributing"}[n], "href": n.lower()} for n in written]})
         extra.append({"text": "Log" if "LOG.md" in pages else "Contributing", "href": written[0].lower()})
     entries = web["navbar"]["left"]
+    others = bars.get("neighbours", {}).get("contents")
+    if others and "Neighbours" not in left:  # there is no overview
+        entries.append({"text": "Neighbours", "href": others[0]})
     at = next((i for i, e in enumerate(entries) if e["text"] == "Neighbours"), len(entries))
     web["navbar"]["left"] = [*entries[:at], *extra[: bool(runs)], *entries[at:], *extra[bool(runs) :]]
     return config

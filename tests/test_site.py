@@ -162,6 +162,12 @@ def test_neighbours_join_by_themselves(small):
     assert re.search(r'pagination-link"[^>]*>.*?Neighbours', page)
 
 
+def test_neighbours_without_an_overview(small):
+    write_notebook(small / "nbs" / "neighbours" / "01_okd.ipynb", new_markdown_cell("# Online\n\n> Together."), new_markdown_cell("[core](../00_core.ipynb)"))
+    out, _ = site.build_site(small)
+    assert re.search(r'href="neighbours/okd.html"[^>]*>\s*<span class="menu-text">Neighbours', (out / "index.html").read_text())
+
+
 def test_what_a_model_wrote_stays_text(small, driver):
     out, _ = site.build_site(small)
     for page in ("experiments/gmm/beta=5.html", "experiments/gmm/beta=50.html", "experiments/index.html"):
@@ -213,10 +219,10 @@ def test_help_and_usage(capsys):
     assert ended.value.code == 2
 
 
-def test_every_notebook_of_the_menu_exists_and_every_notebook_is_in_it():
+def test_every_notebook_is_in_the_menu():
     menu = set(re.findall(r"[\w/]+\.ipynb", (ROOT / "nbs" / "_quarto.yml").read_text()))
     books = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").glob("*.ipynb")}
-    assert {n for n in menu if "/" not in n} == books
+    assert books - menu == set()
 
 
 # The project's own site, in a browser
