@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 RUNS  ?= gmm smollm2-laptop
 
 .DEFAULT_GOAL := help
-.PHONY: help report test check lab publish readme clean
+.PHONY: help report test check lab site publish readme clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -26,11 +26,14 @@ test: $(READY)  ## check, run the notebooks, run the tests
 	@echo "3/3 tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-check: $(READY)  ## notebooks, library, README, lint and outputs agree (seconds)
+check: $(READY)  ## notebooks, library, README, lint, links and outputs agree (seconds)
 	@$(BIN)/kdnb_check
 
 lab: $(READY)  ## JupyterLab, at the notebook to start with
 	@$(BIN)/jupyter-lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.news_url=None nbs/start.ipynb
+
+site: $(READY)  ## the documentation site: open _site/index.html
+	@$(BIN)/kdnb_site build
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@$(BIN)/kdnb_site readme

@@ -54,3 +54,27 @@ def check_page(driver, address, charts=0, formulas=0, base="file:"):
     assert driver.execute_script(count, ".katex") == formulas
     assert driver.execute_script(count, ".katex-error") == 0
     assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+CONTRAST = """
+const parse = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return (text.startsWith("color(") ? [n[0] * 255, n[1] * 255, n[2] * 255, n[3] ?? 1] : [n[0], n[1], n[2], n[3] ?? 1]); };
+const light = (rgb) => { const [r, g, b] = rgb.map((v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const over = (top, under) => [0, 1, 2].map((i) => top[i] * top[3] + under[i] * (1 - top[3]));
+const ground = (el) => { const own = el ? parse(getComputedStyle(el).backgroundColor) : [255, 255, 255, 1]; return own[3] >= 1 ? own.slice(0, 3) : over(own, ground(el.parentElement)); };
+const found = new Map();
+const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walk.nextNode()) {
+  const el = walk.currentNode.parentElement;
+  if (!walk.currentNode.textContent.trim() || el.closest("svg, script, style, .katex, .visually-hidden, .skip") || !el.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+  const style = getComputedStyle(el), under = ground(el);
+  const [a, b] = [light(over(parse(style.color), under)), light(under)].sort((x, y) => y - x);
+  const ratio = (a + 0.05) / (b + 0.05), size = parseFloat(style.fontSize);
+  if (ratio < (size >= 24 || (size >= 18.66 && style.fontWeight >= 700) ? 3 : 4.5)) found.set(el.tagName + "." + el.className, ratio.toFixed(2) + " " + walk.currentNode.textContent.trim().slice(0, 30));
+}
+return [...found].map(([k, v]) => k + " " + v);
+"""
+
+
+def faint(driver):
+    "Texts of the page whose contrast with their ground is below WCAG 2.2 AA (1.4.3): 4.5, or 3 if large."
+    return driver.execute_script(CONTRAST)

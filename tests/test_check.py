@@ -60,7 +60,7 @@ def test_a_project_in_order_passes_untouched(project, capsys, monkeypatch):
     assert check.main([]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert [line.split(" (")[0] for line in printed.out.splitlines()] == ["notebooks and library: ok", "lint: ok", "readme: ok", "outputs: ok", "paths: ok"]
+    assert [line.split(" (")[0] for line in printed.out.splitlines()] == ["notebooks and library: ok", "lint: ok", "readme: ok", "outputs: ok", "paths: ok", "numbers: ok", "links: ok"]
     assert state(project) == before
 
 
@@ -125,3 +125,24 @@ def test_the_root_itself_is_private(tmp_path):
     (tmp_path / "reports" / "published").mkdir(parents=True)
     (tmp_path / "reports" / "published" / "index.md").write_text(f"see {tmp_path}/reports")
     assert len(check.private_paths(tmp_path)) == 1
+
+
+def test_stale_numbers(project, capsys):
+    write_notebook(project / "nbs" / "index.ipynb", [cell("# Title", "markdown"), cell("print(1)", outputs=[STREAM]), cell("print(1)\nprint(2)", outputs=[STREAM])])
+    assert check.stale_outputs(project) == ["nbs/index.ipynb: running it gives other outputs in cells 2; run the notebook"]
+    write_notebook(project / "nbs" / "05_fails.ipynb", [cell("1 / 0")])
+    assert check.stale_outputs(project, [project / "nbs" / "05_fails.ipynb"]) == ["nbs/05_fails.ipynb: cannot be run: ZeroDivisionError: division by zero"]
+    assert "nbs/05_fails.ipynb: cannot be run: ZeroDivisionError: division by zero" in check.problems(project, quiet=True, run=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_dead_links(project):
+    (project / "CONTRIBUTING.md").write_text("# A heading, here\n\n[a](#a-heading-here) [b](nbs/00_core.ipynb) [c](https://x.org) [d](gone.md) `[e](gone.md)`\n\n```\n[f](gone.md)\n```\n")
+    write_notebook(project / "nbs" / "experiments" / "links.ipynb", [cell("[a](../../CONTRIBUTING.md#a-heading-here) [b](../../CONTRIBUTING.md#gone) [c](..)", "markdown"), cell("x = '[d](gone)'")])
+    (project / "_site").mkdir()
+    (project / "_site" / "index.html").write_text('<img src="x.png" alt="x">')
+    assert check.dead_links(project) == [
+        "CONTRIBUTING.md: the link gone.md leads nowhere",
+        "nbs/experiments/links.ipynb: the link ../../CONTRIBUTING.md#gone leads to no heading",
+        "_site/index.html: x.png leads nowhere",
+    ]
