@@ -32,6 +32,7 @@ def open_page(driver, address, base="file:"):
     "Load a page and wait until its charts are drawn; its console errors and its requests to other places than `base` (the browser's own new tab aside)."
     from selenium.webdriver.support.ui import WebDriverWait
 
+    driver.get("about:blank")  # what the page before says while it is left is not this page's
     driver.get_log("browser"), driver.get_log("performance")
     driver.get(address)
     WebDriverWait(driver, 20).until(lambda d: d.execute_script("return document.readyState") == "complete")
@@ -40,7 +41,7 @@ def open_page(driver, address, base="file:"):
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-    return errors, [url for url in asked if not url.startswith(("data:", "blob:", "chrome:", base))]
+    return errors, [url for url in asked if not url.startswith(("data:", "blob:", "chrome:", "about:", base))]
 
 
 def check_page(driver, address, charts=0, formulas=0, base="file:"):
