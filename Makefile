@@ -29,11 +29,11 @@ test: $(READY)  ## check, run the notebooks, run the tests
 check: $(READY)  ## notebooks, library, README, lint and outputs agree (seconds)
 	@$(BIN)/kdnb_check
 
-bench: $(READY)  ## time kdnb against the usual libraries (ten quiet minutes)
-	@$(BIN)/kdnb_run --force params/bench.yaml
+lab: $(READY)  ## JupyterLab, at the notebook to start with
+	@$(BIN)/jupyter-lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.news_url=None nbs/start.ipynb
 
-lab: $(READY)  ## JupyterLab
-	@$(BIN)/jupyter-lab nbs/index.ipynb
+bench: $(READY)  ## time kdnb against the usual libraries (on a machine that does nothing else)
+	@$(BIN)/kdnb_run --force params/bench.yaml
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@$(BIN)/kdnb_site readme

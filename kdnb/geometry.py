@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from .core import Estimate, combine, make_rng
-from .lm import LM, Tokens, _inside, check_tokens
+from .lm import LM, Tokens, check_tokens
 from .progress import track
-from .scoring import _batches
+from .scoring import _batches, _hidden, _mean_states
 
 # %% ../nbs/24_geometry.ipynb #6923fce9
 @torch.inference_mode()
@@ -30,30 +31,33 @@ def embed(
     tokens: Tokens,
     batch_size: int = 64,   # sequences per pass of the network
 ) -> Float32[Tensor, "n h"]:
-    "Mean final hidden state over the drawn tokens of each sequence, stop token included."
+    "Mean final hidden state over the prefixes of each sequence: prompt, prompt and first token, and so on."
     check_tokens(lm, tokens)
-    ids, place = torch.where(_inside(tokens), tokens.ids, -1).unique(dim=0, return_inverse=True)
-    texts, prompt = Tokens(ids, (ids >= 0).sum(-1)), torch.tensor(lm.prompt_ids)
-    out = torch.empty(len(ids), lm.model.config.hidden_size)
-    for index in track(_batches(texts, batch_size), desc="embed", unit="batch"):
-        part = texts.select(index)
-        part = part._replace(ids=part.ids[:, : int(part.length.max())])
-        path = torch.cat([prompt.expand(len(index), -1), part.ids.clamp(min=0)], -1).to(lm.device)
-        states = lm.model.model(input_ids=path, use_cache=False).last_hidden_state[:, len(prompt) :].float().cpu()
-        out[index] = states.masked_fill(~_inside(part)[..., None], 0).sum(1) / part.length[:, None]
-    return out[place]
+    out = torch.empty(len(tokens.ids), lm.model.config.hidden_size)
+    for index in track(_batches(tokens, batch_size), desc="embed", unit="batch"):
+        part = tokens.select(index)
+        out[index] = _mean_states(_hidden(lm, part), part.length)
+    return out
 
 # %% ../nbs/24_geometry.ipynb #7a25046c
+def _same_points(sets: Mapping[str, Tokens], points: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "Texts of which the reader saw the same get the point of the first of them, whichever set they are in."
+    width = max(tokens.ids.shape[1] for tokens in sets.values())
+    seen = [torch.where(torch.arange(width) < t.length[:, None] - 1, F.pad(t.ids, (0, width - t.ids.shape[1])), -1) for t in sets.values()]
+    _, place = torch.cat(seen).unique(dim=0, return_inverse=True)
+    first = torch.full((int(place.max()) + 1,), len(place)).scatter_reduce_(0, place, torch.arange(len(place)), "amin")
+    joined = torch.cat([points[name] for name in sets])[first[place]]
+    return dict(zip(sets, joined.split([len(t.ids) for t in sets.values()]), strict=True))
+
+
 def embed_sets(
     lm: LM,
     sets: Mapping[str, Tokens],  # who wrote: what
-    batch_size: int = 64,
+    points: Mapping[str, Float32[Tensor, "_ h"]] | None = None,  # embeddings that are there already; others are read
 ) -> dict[str, Float32[Tensor, "_ h"]]:
-    "Embeddings of several sets; equal texts get bit-equal points, whichever set they are in."
-    width = max(tokens.ids.shape[1] for tokens in sets.values())
-    ids = torch.cat([torch.nn.functional.pad(t.ids, (0, width - t.ids.shape[1]), value=-1) for t in sets.values()])
-    points = embed(lm, Tokens(ids, torch.cat([t.length for t in sets.values()])), batch_size)
-    return dict(zip(sets, points.split([len(t.ids) for t in sets.values()]), strict=True))
+    "Embeddings of several sets, bit-equal where the texts are."
+    there = points or {}
+    return _same_points(sets, {name: there[name] if name in there else embed(lm, tokens) for name, tokens in sets.items()})
 
 # %% ../nbs/24_geometry.ipynb #ebe24f3b
 GROUPS = 20  # of the jackknife, per set
@@ -234,23 +238,25 @@ def _against(points: Mapping[str, Tensor], reference: str, k: int) -> dict[str, 
 def measure_sets(
     truth: LM,                    # reads all the sets
     sets: Mapping[str, Tokens],
+    points: Mapping[str, Float32[Tensor, "_ h"]] | None = None,  # embeddings that are there already
     reference: str = "truth",     # the set that is the truth's
     k: int = 5,
 ) -> dict[str, KnnMetrics]:       # of every set but the reference
     "k-NN metrics of named sets of sequences."
-    return _against(embed_sets(truth, sets), reference, k)
+    return _against(embed_sets(truth, sets, points), reference, k)
 
 
 def geometry(
     truth: LM,                    # reads all the sets
     sets: Mapping[str, Tokens],   # series: its draws; a second set of the truth's own shows what noise alone does
+    points: Mapping[str, Float32[Tensor, "_ h"]] | None = None,  # embeddings that are there already
     reference: str = "truth",
     k: int = 5,
     shown: int = 300,             # points of each set in the picture
     seed: int = 0,                # of the map
 ) -> Geometry:
     "The map of named sets of sequences, and their k-NN metrics."
-    points = embed_sets(truth, sets)
+    points = embed_sets(truth, sets, points)
     metrics = _against(points, reference, k)
     at = project(torch.cat([x[:shown] for x in points.values()]), seed).round(3)
     parts = {name: truth.texts(tokens.select(slice(0, shown))) for name, tokens in sets.items()}

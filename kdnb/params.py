@@ -226,6 +226,7 @@ class _RunKeys(Params):
     summary: str | None = Field(None, min_length=1)
     params: dict = {}
     grid: dict = {}
+    cases: dict = {}
     workers: int = Field(1, ge=1)
     timeout_s: Annotated[float, Field(gt=0)] | None = None
 
@@ -234,10 +235,11 @@ class _RunKeys(Params):
 class RunFile:
     "A validated run: every cell of it has good parameters."
     name: str                # stem of the file, and its folder among the reports
-    notebook: Path
+    notebook: Path           # an axis in braces stands for its value
     summary: Path | None     # executed after the cells
     params: dict             # shared by all cells
     grid: dict               # axis -> values
+    cases: dict              # stem of a notebook -> what its cells are given besides, or in place of `params`
     workers: int             # cells at a time
     timeout_s: float | None  # seconds that a cell may take
 
@@ -245,8 +247,9 @@ class RunFile:
 @dataclass(frozen=True)
 class Cell:
     "One point of the grid."
-    name: str     # for example "beta=2,seed=0"; "single" without a grid
-    params: dict  # validated values of the keys that were given
+    name: str       # for example "beta=2,seed=0"; "single" without a grid
+    params: dict    # validated values of the keys that were given
+    notebook: Path
 
 
 def _label(value: Any) -> str:
@@ -257,39 +260,92 @@ def _label(value: Any) -> str:
     return safe if safe == text and len(safe) <= 60 else f"{safe[:40]}-{digest}"  # two values never share a name
 
 
+def _points(grid: Mapping) -> list[dict]:
+    "All combinations of the axes, the last axis fastest."
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _choosers(run: RunFile) -> list[str]:
+    "The axes that choose the notebook."
+    return [axis for axis in run.grid if f"{{{axis}}}" in str(run.notebook)]
+
+
+def _chosen(notebook: str | Path, point: Mapping) -> str:
+    "A path with the values of the axes in place of their names in braces."
+    return re.sub(r"\{(\w+)\}", lambda m: str(point.get(m[1], m[0])), str(notebook))
+
+
+def _given(run: RunFile, point: Mapping, notebook: Path) -> dict:
+    "The parameters that the notebook is given at one point of the grid."
+    return run.params | {axis: v for axis, v in point.items() if axis not in _choosers(run)} | run.cases.get(notebook.stem, {})
+
+
 def cells(run: RunFile) -> list[Cell]:
     "All combinations of the grid, the last axis fastest."
-    model = params_model(run.notebook)
-    made = []
-    for values in itertools.product(*run.grid.values()):
-        given = {**run.params, **dict(zip(run.grid, values, strict=True))}
-        checked = model.model_validate(given)
+    made, model = [], functools.cache(params_model)
+    for point in _points(run.grid):
+        notebook = Path(_chosen(run.notebook, point))
+        given = _given(run, point, notebook)
+        checked = model(notebook).model_validate(given)
         params = {key: getattr(checked, key) for key in given}
-        made.append(Cell(",".join(f"{axis}={_label(params[axis])}" for axis in run.grid) or "single", params))
+        made.append(Cell(",".join(f"{axis}={_label((point | params)[axis])}" for axis in point) or "single", params, notebook))
     return made
 
 # %% ../nbs/03_params.ipynb #f95c9363
 MOST_CELLS = 10_000
 
 
-def _grid_problems(model: type[Params], spec: _RunKeys, owner: str) -> list[str]:
-    "Everything that is wrong with parameters and axes."
+def _grid_problems(run: RunFile) -> list[str]:
+    "What is wrong with the axes, whatever the notebook."
     lines = []
-    for axis, values in spec.grid.items():
-        if axis not in model.model_fields:
-            lines.append(f"grid axis {axis} must be a key of {owner}, got {reprlib.repr(values)}; {nearest(axis, model.model_fields)}")
-        elif axis in spec.params:
+    for axis, values in run.grid.items():
+        if axis in run.params:
             lines.append(f"{axis} must be in params or in grid, got both; remove one")
         elif not isinstance(values, list) or not values:
             lines.append(f"grid axis {axis} must be a list of at least one value, got {reprlib.repr(values)}")
         elif twice := [v for i, v in enumerate(values) if v in values[:i]]:
             lines.append(f"grid axis {axis} must have distinct values, got {twice[0]!r} twice")
-    if lines:
-        return lines + find_problems(model, spec.params, owner)
-    if (size := math.prod(map(len, spec.grid.values()))) > MOST_CELLS:
+    if not lines and (size := math.prod(map(len, run.grid.values()))) > MOST_CELLS:
         return [f"grid must have at most {MOST_CELLS} cells, got {size}"]
-    points = (dict(zip(spec.grid, values, strict=True)) for values in itertools.product(*spec.grid.values()))
-    return list(dict.fromkeys(line for point in points for line in find_problems(model, spec.params | point, owner)))
+    return lines
+
+
+def _case_problems(run: RunFile, stems: list[str]) -> list[str]:
+    "What is wrong with what is said of single notebooks."
+    lines = [f"cases must name notebooks of this run, got {stem}; {nearest(stem, stems)}" for stem in run.cases if stem not in stems]
+    for stem, case in run.cases.items():
+        if not isinstance(case, dict):
+            lines.append(f"cases of {stem} must be a mapping, got {reprlib.repr(case)}")
+        else:
+            lines += [f"{axis} must be in cases or in grid, got both; remove one" for axis in run.grid if axis in case]
+    return lines
+
+
+def _given_problems(run: RunFile, notebook: Path, points: list[dict], owner: str) -> list[str]:
+    "What is wrong with the parameters that one notebook is given at some points of the grid."
+    model = params_model(notebook)
+    strange = [axis for axis in run.grid if axis not in model.model_fields and axis not in _choosers(run)]
+    lines = [f"grid axis {axis} must be a key of {owner}, got {reprlib.repr(run.grid[axis])}; {nearest(axis, model.model_fields)}" for axis in strange]
+    for point in points:
+        known = {axis: v for axis, v in point.items() if axis not in strange}
+        lines += find_problems(model, _given(run, known, notebook), owner)
+    return list(dict.fromkeys(lines))
+
+
+def _problems(run: RunFile, written: str) -> list[str]:
+    "Everything that is wrong with a run whose notebook was written thus."
+    lines, placed = _grid_problems(run), {}
+    if lines and _choosers(run):
+        return lines
+    for point in [{}] if lines else _points(run.grid):
+        placed.setdefault(Path(_chosen(run.notebook, point)), []).append(point)
+    missing = [_chosen(written, points[0]) for file, points in placed.items() if not file.is_file()]
+    found = [f"notebook must be a file, got {name}; a path is relative to the run file" for name in missing]
+    if found := found + _case_problems(run, [file.stem for file in placed]):
+        return lines + found
+    if len(placed) == 1:
+        return lines + [line for file, points in placed.items() for line in _given_problems(run, file, points, file.name)]
+    return lines + [f"{file.name}: {line}" for file, points in placed.items() for line in _given_problems(run, file, points, "this notebook")]
 
 
 def _read_yaml(path: Path) -> dict:
@@ -318,14 +374,14 @@ def _load(path: Path) -> RunFile:
     notebook = (path.parent / spec.notebook).resolve()
     beside = notebook.with_name(f"{notebook.stem}_summary.ipynb")
     summary = (path.parent / spec.summary).resolve() if spec.summary else beside if beside.is_file() else None
-    for key, file in (("notebook", notebook), ("summary", summary)):
-        if file and not file.is_file():
-            raise ParamsError([f"{key} must be a file, got {getattr(spec, key)}; a path is relative to the run file"])
-        if file:
-            read_parameters(file)  # it must be a notebook, too
-    if lines := _grid_problems(params_model(notebook), spec, notebook.name):
+    run = RunFile(path.stem, notebook, summary, spec.params, spec.grid, spec.cases, spec.workers, spec.timeout_s)
+    if lines := _problems(run, spec.notebook):
         raise ParamsError(lines)
-    return RunFile(path.stem, notebook, summary, spec.params, spec.grid, spec.workers, spec.timeout_s)
+    if summary and not summary.is_file():
+        raise ParamsError([f"summary must be a file, got {spec.summary}; a path is relative to the run file"])
+    if summary:
+        read_parameters(summary)  # it must be a notebook, too
+    return run
 
 
 def load_run(

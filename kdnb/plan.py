@@ -5,25 +5,24 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'TOKENIZER_BYTES', 'ARTIFACT_BYTES', 'SAMPLE_BATCH', 'TRUTH_BATCH', 'SCORE_BATCH', 'SCORE_ROWS',
            'DEQUANTISED_BYTES_S', 'UTILISATION', 'BANDWIDTH_SHARE', 'LAUNCH_S', 'HOST_BYTES_S', 'ACCELERATORS',
-           'CALIBRATION_S', 'EXTRAPOLATED_SHARE', 'MOST_MEASURED', 'STAGES', 'HELP', 'Network', 'source_network',
-           'Work', 'Price', 'prices', 'Accelerator', 'accelerator_s', 'find_accelerator', 'measured_rate', 'Machine',
-           'plan', 'show', 'main']
+           'CALIBRATION_S', 'EXTRAPOLATED_SHARE', 'MOST_MEASURED', 'STAGES', 'Network', 'source_network', 'Work',
+           'Price', 'prices', 'Accelerator', 'accelerator_s', 'find_accelerator', 'measured_rate', 'Machine', 'plan',
+           'show', 'main']
 
 # %% ../nbs/47_plan.ipynb #a6316642
 import argparse
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .cli import Parser, parser, run_command
 from .grid import threads_per_kernel
-from .params import ParamsError, RunFile, SmolLM2Params, cells, load_run
-from .pipeline import Pipeline, keeps_next, role_config
+from .params import RunFile, SmolLM2Params, cells, load_run
 from .store import Recipe
 
 # %% ../nbs/47_plan.ipynb #6923fce9
@@ -126,7 +125,7 @@ class Work(NamedTuple):
 
 # %% ../nbs/47_plan.ipynb #ebe24f3b
 TOKENIZER_BYTES = 3_524_000  # SmolLM2's, beside every model
-ARTIFACT_BYTES = 2_500       # manifest, schema
+ARTIFACT_BYTES = 3_000       # manifest, schema
 SAMPLE_BATCH = 1024          # sequences that teachers and students draw at a time
 TRUTH_BATCH, SCORE_BATCH, SCORE_ROWS = 256, 64, 2048  # defaults of kdnb.sampling and kdnb.scoring
 DEQUANTISED_BYTES_S = 30e6   # bytes a second at which packaged weights become float32, measured
@@ -148,6 +147,8 @@ class _Pricer:
     "Sizes that the artifacts of a cell have in common."
 
     def __init__(self, params: SmolLM2Params):
+        from kdnb.pipeline import keeps_next, role_config  # brings torch: help must not wait for it
+
         self.p, self.t = params, params.max_length
         self.prompt = len(params.prompt.split())  # about a token a word
         self.full = source_network(params.source)
@@ -165,7 +166,7 @@ class _Pricer:
         "Sampled sequences."
         work = Work("sample", network, n, self.t, min(batch, n), self.prompt, self.bytes)
         kept = 4 * work.tokens * network.vocab if keep else 0
-        disk = ARTIFACT_BYTES + math.ceil(work.tokens * (4 + math.log2(network.vocab) / 8)) + kept
+        disk = ARTIFACT_BYTES + math.ceil(work.tokens * (8 + math.log2(network.vocab) / 8)) + kept
         return Price(stage, (work,), work.tokens, disk, self._sampler_bytes(work), 20 * work.tokens + kept)
 
     def weights(self) -> Price:
@@ -202,7 +203,18 @@ class _Pricer:
         source = self.full.n_parameters if self.truth != self.full else 0
         networks = (student.n_parameters + self.truth.n_parameters + source) * self.bytes + 4 * SCORE_ROWS * self.truth.vocab
         arrays = 40 * n * self.t + 16 * SCORE_ROWS * self.truth.vocab + (8 * n * self.t * self.truth.vocab if self.keep else 0)
-        return Price("scores", work, 2 * n * self.t, ARTIFACT_BYTES + 80 * n, networks, arrays)
+        return Price("scores", work, 2 * n * self.t, ARTIFACT_BYTES + 80 * n + self._points_bytes, networks, arrays)
+
+    @property
+    def _points_bytes(self) -> int:
+        "Embeddings of one side's evaluation draws."
+        return 4 * self.p.n_eval * self.truth.width
+
+    def embedding(self) -> Price:
+        "The truth reads its own evaluation draws."
+        n, source = self.p.n_eval, self.full.n_parameters if self.truth != self.full else 0
+        work = Work("heldout", self.truth, n, self.t, min(SCORE_BATCH, n), self.prompt, self.bytes)
+        return Price("embedding", (work,), work.tokens, ARTIFACT_BYTES + self._points_bytes, (self.truth.n_parameters + source) * self.bytes, 20 * work.tokens)
 
     def price(self, recipe: Recipe) -> Price:
         "The price of anything that a pipeline asks for."
@@ -213,13 +225,15 @@ class _Pricer:
             return self._draws(stage, self.roles[stage.split("-")[0]], n, SAMPLE_BATCH)
         if stage in self.roles:
             return self.training(stage)
-        return self.vocabulary() if stage == "vocabulary" else self.scores()
+        return {"vocabulary": self.vocabulary, "scores": self.scores, "embedding": self.embedding}[stage]()
 
 
 def prices(
     run: RunFile,       # of the SmolLM2 experiment
 ) -> list[Price]:       # one per artifact; what cells share counts once
     "Everything that a run asks of the store, made or not."
+    from kdnb.pipeline import Pipeline
+
     if run.notebook.stem != "smollm2":
         raise ValueError(f"notebook must be smollm2.ipynb to be planned, got {run.notebook.name}")
     found: dict[str, Price] = {}
@@ -399,7 +413,7 @@ class Machine:
 # %% ../nbs/47_plan.ipynb #f95c9363
 STAGES = {
     "weights": "weights", "vocabulary": "vocabulary", "truth": "truth draws", "teacher": "teachers", "teacher-draws": "teacher draws",
-    "student": "students", "student-draws": "student draws", "scores": "scores",
+    "student": "students", "student-draws": "student draws", "scores": "scores", "embedding": "embeddings",
 }
 
 
@@ -455,30 +469,17 @@ def show(
     return "\n".join("  ".join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in [head, *lines])
 
 # %% ../nbs/47_plan.ipynb #4a1eb42d
-HELP = """
-example:
-  kdnb_plan params/smollm2-gpu.yaml params/smollm2-paper.yaml --device a100
-
-  Nothing is run but a calibration of about ten seconds. Stages that cells share
-  count once; what is already in the store counts, too. Sequences are taken to
-  reach max_length. A token costs 2N + 4Lhc FLOPs forwards and three times that
-  in training (Kaplan et al. 2020); * is extrapolated from FLOPs.
-
-exit status:
-  0    planned
-  2    bad input
-  130  interrupted
-"""
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     "The command line of kdnb_plan."
-    parser = argparse.ArgumentParser("kdnb_plan", description="Say what a run of the SmolLM2 experiment will cost.", epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="run file (YAML)")
-    parser.add_argument("--device", default="h100", metavar="NAME", help=f"accelerator to compare with: {', '.join(ACCELERATORS)} (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+    notes = """Nothing is run but a calibration of about ten seconds. Stages that cells share
+count once; what is already in the store counts, too. Sequences are taken to
+reach max_length. A token costs 2N + 4Lhc FLOPs forwards and three times that
+in training (Kaplan et al. 2020); * is extrapolated from FLOPs."""
+    made = parser("kdnb_plan", "Say what a run of the SmolLM2 experiment will cost.", "kdnb_plan params/smollm2-gpu.yaml params/smollm2-paper.yaml --device a100", notes, {0: "planned"})
+    made.add_argument("files", nargs="+", metavar="FILE", help="run file (YAML)")
+    made.add_argument("--device", default="h100", metavar="NAME", help=f"accelerator to compare with: {', '.join(ACCELERATORS)} (default: %(default)s)")
+    made.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
+    return made
 
 
 def _notes(machine: Machine, rows: Sequence[dict], name: str) -> str:
@@ -522,21 +523,18 @@ def _report(args: argparse.Namespace) -> str:
         plans.append((run.name, machine, plan(bill, machine, device)))
     if args.json:
         return json.dumps([_as_json(name, machine, rows, args.device) for name, machine, rows in plans], indent=1)
-    return "\n\n".join(f"{name}\n{show(rows, args.device)}\n{_notes(machine, rows, args.device)}" for name, machine, rows in plans)
+    tables = [(f"{name}\n{show(rows, args.device)}", _notes(machine, rows, args.device)) for name, machine, rows in plans]
+    return "\n\n".join(table if args.quiet else f"{table}\n{notes}" for table, notes in tables)
+
+
+def _print_report(args: argparse.Namespace) -> list[str]:  # nothing fails but bad input
+    "Print the plan."
+    print(_report(args))
+    return []
 
 
 def main(
     argv: list[str] | None = None,  # omitted: the command line
 ) -> int:                           # exit status
     "kdnb_plan: say what a run will cost."
-    args = _parser().parse_args(argv)
-    try:
-        print(_report(args))
-    except KeyboardInterrupt:
-        return 130
-    except (ParamsError, ValueError) as e:
-        if args.debug:
-            raise
-        print("\n".join(f"kdnb_plan: {line}" for line in str(e).splitlines()), file=sys.stderr)
-        return 2
-    return 0
+    return run_command(_parser(), _print_report, argv)

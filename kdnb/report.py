@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VEGALITE_MIME', 'ASSETS', 'TAGS', 'STYLES', 'number', 'visible', 'uncontrolled', 'terminal_text', 'clean_html',
-           'State', 'read_state', 'duration', 'vega_bundle', 'chart_html', 'render', 'index']
+           'State', 'read_state', 'duration', 'vega_bundle', 'chart_html', 'verdicts', 'render', 'index']
 
 # %% ../nbs/43_report.ipynb #a6316642
 import base64
@@ -16,6 +16,7 @@ import math
 import re
 import shlex
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -115,8 +116,10 @@ class State(NamedTuple):
     anchor: str                        # id of the failed cell in the report
     headline: list[tuple[str, Any]]    # label and Estimate or value
     parameters: list[tuple[str, Any]]
+    claims: dict[str, int]             # how many held, did not hold, cannot be told
     wall_s: float | None               # seconds that the run took
     run: dict                          # run.json
+    made_by: dict[str, Any]            # device, seeds and versions, from metrics.json
 
 
 def _read(path: Path) -> dict:
@@ -160,8 +163,10 @@ def read_state(
     parameters = metrics.get("parameters") or seen.get("params") or injected
     headline = [(str(h.get("label", "")), _revive(h.get("estimate", h.get("value")))) for h in metrics.get("headline", [])]
     status = "failed" if error else "ok" if metrics or seen.get("state") == "ok" else "missing"
+    claims = Counter(str(c.get("verdict", "")) for c in metrics.get("claims") or [])
     wall_s = run.get("wall_s", {}).get("total", seen.get("wall_s"))
-    return State(status, _heading(notebook), error, trace, anchor, [] if error else headline, list(parameters.items()), wall_s, run)
+    made_by = {k: metrics[k] for k in ("device", "seeds", "versions") if k in metrics}
+    return State(status, _heading(notebook), error, trace, anchor, [] if error else headline, list(parameters.items()), {} if error else dict(claims), wall_s, run, made_by)
 
 
 def duration(
@@ -230,24 +235,27 @@ def _jinja():
     return Environment(loader=FileSystemLoader(ASSETS / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 # %% ../nbs/43_report.ipynb #f95c9363
+def _block(value: Any) -> str:
+    "JSON that nothing inside a page can end."
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
 def chart_html(
     data: Mapping,       # MIME bundle of the output
     metadata: Mapping,   # its metadata
     taken: set[str],     # ids in use; the new one is added
 ) -> str:
-    "A chart as the report holds it: static picture, and the specification to draw over it."
-    spec = {k: v for k, v in data[VEGALITE_MIME].items() if k != "$schema"}
-    text = json.dumps(spec, ensure_ascii=False, separators=(",", ":"))
-    text = re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
+    "A chart as the report holds it: what it says, and the specification that is drawn in its place."
+    text = _block({k: v for k, v in data[VEGALITE_MIME].items() if k != "$schema"})
     name = "chart-" + hashlib.sha256(text.encode()).hexdigest()[:10]
     while name in taken:
         name += "-again"
     taken.add(name)
     size = metadata.get("image/png", {})
-    shape = "".join(f' {k}="{int(size[k])}"' for k in ("width", "height") if k in size)
-    alt = html.escape(data.get("text/plain", "Chart"))
-    picture = html.escape("".join(data.get("image/png", "")).replace("\n", ""))
-    return f'<figure class="chart" id="{name}">\n<img src="data:image/png;base64,{picture}" alt="{alt}"{shape}>\n<script type="application/json">{text}</script>\n</figure>'
+    room = f' style="width:{int(size["width"])}px;aspect-ratio:{int(size["width"])}/{int(size["height"])}"' if {"width", "height"} <= set(size) else ""
+    said = html.escape(data.get("text/plain", "Chart"))
+    return f'<figure class="chart" id="{name}">\n<div class="said"{room}>{said}</div>\n<script type="application/json">{text}</script>\n</figure>'
 
 # %% ../nbs/43_report.ipynb #4a1eb42d
 def _ready(notebook: Any) -> Any:
@@ -271,14 +279,37 @@ def _ready(notebook: Any) -> Any:
     return notebook
 
 
+def verdicts(
+    claims: Mapping[str, int],  # verdict -> how many
+) -> str:
+    "Claims in a few words."
+    return ", ".join(f"{n} {said}" for key, said in (("held", "held"), ("did not hold", "did not"), ("cannot tell", "cannot be told")) if (n := claims.get(key)))
+
+
 def _facts(state: State) -> list[str]:
-    "Times and machine in a few words."
+    "Claims, times and machine in a few words."
     run = state.run
-    made = [f"took {duration(state.wall_s)}"] if state.wall_s is not None else []
+    made = [f"claims: {verdicts(state.claims)}"] if verdicts(state.claims) else []
+    made += [f"took {duration(state.wall_s)}"] if state.wall_s is not None else []
     made += [f"peak memory {run['peak_memory_mb'] / 1000:.2g} GB"] if run.get("peak_memory_mb") else []
     made += [f"{run['cores']} cores"] if run.get("cores") else []
     made += [f"started {run['started'].replace('T', ' ').replace('+00:00', ' UTC')}"] if run.get("started") else []
     return made + ([f"commit {run['commit'][:9]}"] if run.get("commit") else [])
+
+
+def _provenance(state: State) -> list[tuple[str, str]]:
+    "Where the numbers came from, for the foot of the page."
+    run, by = state.run, dict(state.made_by)
+    seeds = by.pop("seeds", None)
+    rows = [("commit", run.get("commit")), ("started", run.get("started")), *(("wall time, " + k, duration(v)) for k, v in (run.get("wall_s") or {}).items())]
+    rows += [("peak memory", f"{run['peak_memory_mb']} MB" if run.get("peak_memory_mb") else None), ("cores", run.get("cores")), ("threads", run.get("threads")), ("device", by.get("device"))]
+    rows += [("seeds", f"{len(seeds)}: {seeds[0]} to {seeds[-1]}" if seeds else None), *(by.get("versions") or {}).items()]
+    return [(visible(str(k)), visible(str(v))) for k, v in rows if v not in (None, "")]
+
+
+def _answer(state: State) -> str:
+    "The first headline in one line, for the title of the window."
+    return ": ".join(filter(None, map(visible, map(number, state.headline[0])))) if state.headline else ""
 
 
 def _rerun(notebook: Path, injected: Mapping, source: str) -> list[str]:
@@ -311,7 +342,7 @@ def render(
     has_charts = any("text/x-kdnb-chart" in o.get("data", {}) for c in ready.cells for o in c.get("outputs", []))
     scripts = ([_katex()[1]] if has_maths else []) + ([vega_bundle()] if has_charts else []) + [_asset("report.js")]
     heading = visible(state.title or title or notebook.stem)
-    head, script_tags = _page(visible(title or heading), scripts, [_katex()[0]] if has_maths else [])
+    head, script_tags = _page(": ".join(filter(None, [visible(title or heading), _answer(state)])), scripts, [_katex()[0]] if has_maths else [])
     papermill = made.metadata.get("papermill", {})
     place = notebook.resolve().parent
     if place.name == "summary":
@@ -325,7 +356,8 @@ def render(
     config = Config(NbConvertBase={"display_data_priority": _SHOWN})
     exporter = HTMLExporter(config, template_name="kdnb", extra_template_basedirs=[str(ASSETS / "templates")], sanitize_html=True, filters={"clean_html": clean_html})
     body, _ = exporter.from_notebook_node(ready)
-    for name, part in (("head", head), ("header", header), ("scripts", script_tags)):
+    footer = _jinja().get_template("footer.html.j2").render(rows=_provenance(state))
+    for name, part in (("head", head), ("header", header), ("footer", footer), ("scripts", script_tags)):
         body = body.replace(f"<!--kdnb:{name}-->", part)  # the template's: cleaning removes every other comment
     write_text(html, body)
     return html
@@ -362,21 +394,33 @@ def _run_table(run: Path, root: Path) -> dict:
     states = {d: read_state(d) for d in folders}
     axes = list(dict.fromkeys(a for d in folders for a in _axes(d.name)))
     labels = list(dict.fromkeys(label for d, s in states.items() for label, _ in s.headline if d.name != "summary"))
-    rows = []
+    rows, judged = [], any(state.claims for state in states.values())
     for folder, state in states.items():
         page = next((folder / n for n in ("report.html", "notebook.ipynb") if (folder / n).exists()), None)
         link = page.relative_to(root).as_posix() if page else ""
         at, headline = _axes(folder.name), dict(state.headline)
         rows.append({"summary": folder.name == "summary", "state": state, "cells": [
             _cell(folder.name, href=_quote(link)), *(_cell(_as_number(at[a]) if a in at else None) for a in axes), _cell(state.status, status=True, note=state.error),
-            *(_cell(headline.get(label)) for label in labels), _cell(state.wall_s, text=duration(state.wall_s))]})
-    names = ["report", *axes, "status", *labels, "wall time"]
+            *(_cell(headline.get(label)) for label in labels), *([_cell(state.claims.get("held", 0) if state.claims else None, text=verdicts(state.claims), numeric=False)] * judged),
+            _cell(state.wall_s, text=duration(state.wall_s))],
+            "name": f"{run.name}/{folder.name}", "compared": _compared(folder.name, run.name, _quote(link), state)})
+    names = ["report", *axes, "status", *labels, *(["claims"] * judged), "wall time"]
     columns = [{"name": visible(n), "numeric": any(r["cells"][i]["numeric"] for r in rows)} for i, n in enumerate(names)]
     for row in rows:
         for cell, column in zip(row["cells"], columns, strict=True):
             cell["numeric"] = column["numeric"]
     findings = [(visible(k), visible(number(v))) for d, s in states.items() if d.name == "summary" for k, v in s.headline if k not in labels]
     return {"name": run.name, "findings": findings, "columns": columns, "rows": rows}
+
+
+def _compared(cell: str, run: str, link: str, state: State) -> dict:
+    "What the page needs to set one report beside another."
+    def values(pairs):
+        plain = ((visible(str(k)), visible(number(v)), v.mean if isinstance(v, Estimate) else v) for k, v in pairs)
+        return [[k, text, float(f"{v:.6g}") if isinstance(v, (int, float)) and math.isfinite(v) else None] for k, text, v in plain]
+
+    told = [("status", state.status), ("claims", verdicts(state.claims)), ("wall time", duration(state.wall_s)), ("commit", state.run.get("commit", "")[:9])]
+    return {"title": visible(f"{run} · {cell}"), "href": link, "numbers": values(state.headline), "parameters": values(state.parameters), "about": values(told)}
 
 
 def _quote(path: str) -> str:
@@ -402,6 +446,7 @@ def index(
     statuses = [row["state"].status for run in runs for row in run["rows"]]
     counts = [(s, statuses.count(s)) for s in ("ok", "failed", "missing") if s in statuses]
     head, scripts = _page("Reports", [_asset("reports.js")], [])
-    page = _jinja().get_template("reports.html.j2").render(head=head, scripts=scripts, runs=runs, counts=counts, total=len(statuses))
+    compared = _block({row["name"]: row["compared"] for run in runs for row in run["rows"]})
+    page = _jinja().get_template("reports.html.j2").render(head=head, scripts=scripts, runs=runs, counts=counts, total=len(statuses), compared=compared)
     write_text(root / "index.html", page)
     return root / "index.html"

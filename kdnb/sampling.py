@@ -45,7 +45,7 @@ def sample_lm(
     u = torch.rand(n, lm.max_length, generator=rng, dtype=torch.float64)
     ids = torch.full((n, lm.max_length), -1)
     length = torch.full((n,), lm.max_length)
-    log_prob = torch.zeros(n, lm.max_length)
+    log_prob, entropy = torch.zeros(n, lm.max_length), torch.zeros(n, lm.max_length)
     kept = torch.zeros(n, lm.max_length, lm.vocab_size) if keep_next else None
 
     with track(total=n * lm.max_length, desc=desc, unit="token") as bar:
@@ -61,6 +61,7 @@ def sample_lm(
                 token = inverse_cdf(log_p, u[live, t].to(lm.device))
                 ids[live, t] = token.cpu()
                 log_prob[live, t] = log_p.gather(-1, token[:, None])[:, 0].cpu()
+                entropy[live, t] = -(log_p.exp() * log_p).sum(-1).cpu()  # a log-softmax of finite logits is finite
                 if kept is not None:
                     kept[live, t] = log_p.cpu()
                 ended = torch.isin(token, stops)
@@ -74,7 +75,7 @@ def sample_lm(
                 if not len(live):
                     break
                 feed = token[:, None]
-    return Tokens(ids, length, log_prob, kept)
+    return Tokens(ids, length, log_prob, kept, entropy)
 
 # %% ../nbs/21_sampling.ipynb #ebe24f3b
 def enumerate_lm(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from .lm import LM, Tokens, _inside, check_tokens
@@ -37,6 +37,12 @@ def _hidden(lm: LM, tokens: Tokens) -> Float[Tensor, "r h"]:
 def _next_log_prob(lm: LM, states: Float[Tensor, "r h"]) -> Float[Tensor, "r v"]:
     "Next-token log-probabilities, nats, at the model's temperature."
     return (lm.model.lm_head(states).float() / lm.tau).log_softmax(-1)
+
+
+def _mean_states(states: Float[Tensor, "r h"], length: Int64[Tensor, " n"]) -> Float32[Tensor, "n h"]:
+    "Mean hidden state of each sequence."
+    owner = torch.arange(len(length)).repeat_interleave(length)
+    return torch.zeros(len(length), states.shape[-1]).index_add_(0, owner, states.float().cpu()) / length[:, None]
 
 # %% ../nbs/22_scoring.ipynb #7a25046c
 @torch.inference_mode()
@@ -65,9 +71,10 @@ def score_lm(
 
 # %% ../nbs/22_scoring.ipynb #ebe24f3b
 class LogProbs(NamedTuple):
-    "Two scores of the same sequences under one model, nats per sequence; equal in expectation."
-    averaged: Float64[Tensor, " n"]  # Σ_t Σ_v p(v|x_<t) log q(v|x_<t)
-    plain: Float64[Tensor, " n"]     # Σ_t log q(x_t|x_<t)
+    "Two scores of the same sequences under one model, nats per sequence, equal in expectation; and where the network ran, what it saw."
+    averaged: Float64[Tensor, " n"]                   # Σ_t Σ_v p(v|x_<t) log q(v|x_<t)
+    plain: Float64[Tensor, " n"]                      # Σ_t log q(x_t|x_<t)
+    embedding: Float32[Tensor, "n h"] | None = None   # mean final hidden state of q over the prefixes; see `kdnb.geometry`
 
 
 @torch.inference_mode()
@@ -84,13 +91,18 @@ def log_probs(
     rows = rows or max(1, LOGITS // p.vocab_size)
     out = torch.zeros(len(qs), 2, len(tokens.ids), dtype=torch.float64)
     networks = {id(lm.model): lm for lm in ((p, *qs) if tokens.next_log_prob is None else [q for q in qs if q is not p])}  # each runs once, whatever the temperatures
+    means = {network: torch.zeros(len(tokens.ids), lm.model.config.hidden_size) for network, lm in networks.items()}
     for index in track(_batches(tokens, batch_size), desc="score", unit="batch"):
         part = tokens.select(index)
         inside = _inside(part)
         owner = index.repeat_interleave(part.length).split(rows)  # the sequence of each position
         target = part.ids[inside].split(rows)
         kept = None if part.next_log_prob is None else part.next_log_prob[inside].split(rows)
-        states = {network: _hidden(lm, part).split(rows) for network, lm in networks.items()}
+        states = {}
+        for network, lm in networks.items():
+            hidden = _hidden(lm, part)
+            means[network][index] = _mean_states(hidden, part.length)
+            states[network] = hidden.split(rows)
         for k in range(len(owner)):
             log_p = _next_log_prob(p, states[id(p.model)][k]).cpu() if kept is None else kept[k]
             prob = log_p.exp()
@@ -99,7 +111,7 @@ def log_probs(
                 averaged = torch.where(prob > 0, prob * log_q, 0.0).sum(-1)  # 0 · -inf = 0
                 plain = log_q.gather(-1, target[k][:, None])[:, 0]
                 out[j].index_add_(1, owner[k], torch.stack([averaged, plain]).double())
-    return [LogProbs(*scores) for scores in out]
+    return [LogProbs(*scores, means.get(id(q.model))) for q, scores in zip(qs, out, strict=True)]
 
 
 def expected_log_prob(

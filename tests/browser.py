@@ -28,8 +28,8 @@ def driver(tmp_path_factory):
     browser.quit()
 
 
-def open_page(driver, address):
-    "Load a page and wait until its charts are drawn; its console errors and its requests to other places (the browser's own new tab aside)."
+def open_page(driver, address, base="file:"):
+    "Load a page and wait until its charts are drawn; its console errors and its requests to other places than `base` (the browser's own new tab aside)."
     from selenium.webdriver.support.ui import WebDriverWait
 
     driver.get_log("browser"), driver.get_log("performance")
@@ -40,12 +40,12 @@ def open_page(driver, address):
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-    return errors, [url for url in asked if not url.startswith(("data:", "blob:", "file:", "chrome:"))]
+    return errors, [url for url in asked if not url.startswith(("data:", "blob:", "chrome:", base))]
 
 
-def check_page(driver, address, charts=0, formulas=0):
+def check_page(driver, address, charts=0, formulas=0, base="file:"):
     "Every chart drawn, every formula rendered, no console error, no request elsewhere, nothing wider than the window."
-    errors, requests = open_page(driver, address)
+    errors, requests = open_page(driver, address, base)
     count = "return document.querySelectorAll(arguments[0]).length"
     assert requests == [], f"requests to other places: {requests}"
     assert errors == [], f"console errors: {errors}"

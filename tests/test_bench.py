@@ -44,7 +44,7 @@ def test_each_works_in_a_process_of_its_own_with_one_thread():
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is known on Linux only")
 def test_the_peak_is_what_was_held_at_a_time():
     small, large = in_processes([lambda n=n: float(np.ones(n // 8).sum()) for n in (8 * 10**6, 10**8)])
-    assert 1e8 <= large.peak_bytes < 1.2e8
+    assert 0.95e8 <= large.peak_bytes < 1.2e8  # the resident set is sampled in pages
     assert small.peak_bytes < 3e7
 
 

@@ -37,6 +37,18 @@ def plane():
     return made.assign(**{f"{p}{s}": made[p] + d for p in ("recall", "precision") for s, d in (("_lo", -0.1), ("_hi", 0.1))})
 
 
+def choices(plane):
+    return plane.assign(student=["truth", "one", "two"])
+
+
+def texts(frame, text="it is written"):
+    return pd.DataFrame([{"student": s, "text": f"{text} by {s}"} for s in frame["student"] for _ in range(2)])
+
+
+def learning(frame):
+    return pd.DataFrame([{"student": s, "series": "student", "x": x, "y": float(x + len(s))} for s in frame["student"] for x in range(5)])
+
+
 @pytest.fixture
 def every(frame, plane):
     xs = np.linspace(-1, 1, 21)
@@ -50,6 +62,8 @@ def every(frame, plane):
         "symlog": charts.pr_plane(plane, "A", "B", symlog=True),
         "density_maps": charts.density_maps({"truth": (xs, xs, bump), "student": (xs, xs, bump)}, "A", "B"),
         "training_curves": charts.training_curves(loss, "A", "B"),
+        "traces": charts.training_curves(loss.assign(lr=1e-3, grad_norm=np.linspace(2, 1, 700), tokens_per_s=9e3), "A", "B"),
+        "linked": charts.linked(choices(plane), texts(choices(plane)), learning(choices(plane)), title="A", subtitle="B"),
     }
 
 
@@ -278,3 +292,115 @@ def test_heat_maps_share_one_scale_with_zero_in_its_middle():
     scales = [panel["encoding"]["color"]["scale"] for panel in spec["hconcat"]]
     assert [s["domain"] for s in scales] == [[-4.0, 4.0]] * 2
     assert "a: gain, nats from -1 to 4" in spec["description"]
+
+
+def named(spec, name):
+    "Every value under a key, wherever it stands in a specification."
+    inside = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ()
+    return ([spec[name]] if isinstance(spec, dict) and name in spec else []) + [v for part in inside for v in named(part, name)]
+
+
+def test_every_chart_says_what_it_shows(every):
+    for name, chart in every.items():
+        said = chart.to_dict()["description"]
+        assert "A" in said, name
+        assert len(said) > 30, name
+
+
+def test_training_panels_share_the_axis_of_steps(every):
+    spec = every["traces"].to_dict()
+    assert [panel["layer"][0]["encoding"]["y"]["field"] for panel in spec["vconcat"]] == ["loss", "lr", "grad_norm", "tokens_per_s"]
+    assert spec["resolve"] == {"scale": {"x": "shared"}}
+    assert len({panel["width"] for panel in spec["vconcat"]}) == 1
+    svg = charts._vl_convert().vegalite_to_svg(spec, vl_version="6.4")
+    assert [svg.count(f">{said}<") for said in charts.TRACES.values()] == [1, 1, 1, 1]
+    assert svg.count(">optimiser step<") == 1
+    assert "vconcat" not in every["training_curves"].to_dict()  # the loss alone is as it was
+
+
+@pytest.mark.parametrize("missing", [["lr"], ["grad_norm", "tokens_per_s"]])
+def test_training_panels_are_those_that_were_recorded(missing):
+    frame = pd.DataFrame({"step": range(9), "series": "a", "loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 5.0}).drop(columns=missing)
+    spec = charts.training_curves(frame).to_dict()
+    assert [panel["layer"][0]["encoding"]["y"]["field"] for panel in spec["vconcat"]] == [c for c in charts.TRACES if c not in missing]
+
+
+def test_long_runs_are_averaged_in_bins():
+    loss = pd.DataFrame({"step": np.arange(10_000), "series": "a", "loss": np.tile([1.0, 3.0], 5000)})
+    for frame, most in ((loss, 300), (loss.assign(lr=1e-3), 150)):
+        made = charts._traces(frame, [c for c in charts.TRACES if c in frame])
+        assert most / 2 < len(made) <= most
+        np.testing.assert_allclose(made["loss"], 2.0, rtol=0.05)  # a bin of an odd number of steps is off by one of them
+
+
+def test_a_chosen_student_is_the_only_one_that_is_read(plane):
+    frame = choices(plane)
+    spec = charts.linked(frame, texts(frame), learning(frame)).to_dict()
+    (choice,) = [p for p in spec["params"] if p["name"] == "chosen"]
+    assert choice["value"] == [{"student": "truth"}]
+    assert choice["bind"] == {"input": "radio", "options": ["truth", "one", "two"], "name": "student "}
+    convert = charts._vl_convert()
+    first = convert.vegalite_to_svg(spec, vl_version="6.4")
+    choice["value"] = [{"student": "two"}]
+    second = convert.vegalite_to_svg(spec, vl_version="6.4")
+    assert [svg.count(">it is written by truth<") for svg in (first, second)] == [2, 0]
+    assert [svg.count(">it is written by two<") for svg in (first, second)] == [0, 2]
+    assert "truth: precision −2.00 ± 0.10, recall −2.00 ± 0.10 nats" in first
+    assert ">two: precision −3.00" in second
+
+
+def test_a_choice_shows_one_value_of_each_student_on_a_line_through_all(plane):
+    frame = choices(plane)
+    one_each = pd.DataFrame({"student": frame["student"], "series": "KL", "x": [1.0, 2.0, 3.0], "y": [3.0, 2.0, 1.0]})
+    svg = charts._vl_convert().vegalite_to_svg(charts.linked(frame, texts(frame), one_each).to_dict(), vl_version="6.4")
+    assert svg.count(">KL<") == 1
+    assert "curves" not in str(charts.linked(frame, texts(frame)).to_dict().get("hconcat"))  # curves may be left out
+
+
+def test_untrusted_texts_of_a_choice_stay_text(plane):
+    frame = choices(plane)
+    spec = charts.linked(frame, texts(frame, HOSTILE)).to_dict()
+    svg = charts._vl_convert().vegalite_to_svg(spec, vl_version="6.4")
+    assert "<script" not in svg
+    assert "&lt;script&gt;" in svg
+    assert not any(ord(c) < 32 for row in named(spec, "text") if isinstance(row, str) for c in row)
+
+
+def test_long_texts_of_a_choice_are_cut_after_some_lines(plane):
+    frame = choices(plane)
+    lines = charts._text_lines(texts(frame, "word " * 2000), 600)
+    assert lines.groupby("student").size().tolist() == [charts.MOST_LINES] * 3
+
+
+def test_messages_of_a_choice(plane):
+    frame = choices(plane)
+    with pytest.raises(ValueError, match="student of texts must be one of truth, one, two, got 'three'"):
+        charts.linked(frame, texts(frame).assign(student="three"))
+    with pytest.raises(ValueError, match="student must name each row of frame once, got 'a' twice"):
+        charts.linked(frame.assign(student="a"), texts(frame))
+    with pytest.raises(ValueError, match="texts must have the columns student, text, got student; missing: text"):
+        charts.linked(frame, frame[["student"]])
+
+
+def test_legend_of_a_map_is_no_wider_than_the_map():
+    frame = pd.DataFrame({"series": [f"student at τ = {i / 7:.3f}" for i in range(9)], "x": 0.0, "y": 0.0, "text": "t"})
+    spec = charts.scatter_texts(frame, "A", "B").to_dict()
+    assert spec["encoding"]["color"]["legend"]["columns"] == 3
+    assert struct.unpack(">I", charts.to_png(spec)[16:20])[0] <= 2 * 620
+
+
+def test_an_executed_notebook_is_the_same_when_executed_again(tmp_path):
+    "Ids of views and charts come from what they show: a fresh kernel gives the same bytes."
+    from nbclient import NotebookClient
+
+    code = "import pandas as pd\nfrom kdnb import charts\npoints = pd.DataFrame({'series': 'a', 'student': ['a', 'b'], 'recall': [1., 2], 'precision': [2., 1]})\n" \
+        "points = points.assign(**{p + e: points[p] for p in ('recall', 'precision') for e in ('_lo', '_hi')})\n" \
+        "charts.linked(points, pd.DataFrame({'student': ['a', 'b'], 'text': 'x'}))"
+    made = []
+    for _ in range(2):
+        cells = [nbformat.v4.new_code_cell(code, id="a"), nbformat.v4.new_code_cell("charts.scatter_texts(points.rename(columns={'recall': 'x', 'precision': 'y', 'student': 'text'}), 'A', 'B')", id="b")]
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        made.append([output for cell in notebook.cells for output in cell.outputs])
+    assert len(made[0]) == 2
+    assert made[0] == made[1]

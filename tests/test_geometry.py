@@ -50,15 +50,15 @@ def test_embeddings_are_those_of_one_sequence_at_a_time(toy, batch_size):
     with torch.no_grad():
         for row, ids, length in zip(found, tokens.ids.tolist(), tokens.length.tolist(), strict=True):
             states = toy.model.model(input_ids=torch.tensor([[0, *ids[:length]]])).last_hidden_state[0]
-            np.testing.assert_allclose(row, states[1:].mean(0), atol=3e-6)  # float32, values near 1
+            np.testing.assert_allclose(row, states[:length].mean(0), atol=3e-6)  # float32, values near 1
 
 
-def test_a_long_prompt_is_read_and_left_out(toy):
+def test_a_long_prompt_is_read_and_only_its_last_state_counts(toy):
     lm = replace(toy, prompt_ids=(0, 3, 2))
     tokens = Tokens(torch.tensor([[1, 4, -1], [1, 4, 0]]), torch.tensor([2, 3]))
     with torch.no_grad():
         states = lm.model.model(input_ids=torch.tensor([[0, 3, 2, 1, 4]])).last_hidden_state[0]
-    np.testing.assert_allclose(g.embed(lm, tokens)[0], states[3:].mean(0), atol=3e-6)
+    np.testing.assert_allclose(g.embed(lm, tokens)[0], states[2:4].mean(0), atol=3e-6)
     assert not torch.equal(g.embed(lm, tokens)[0], g.embed(toy, tokens)[0])
 
 
@@ -68,6 +68,10 @@ def test_equal_texts_are_equal_points_whatever_lies_beyond_their_end(toy):
     points = g.embed_sets(toy, {"a": short, "b": wide})
     assert torch.equal(points["a"][0], points["b"][0])
     assert points["b"].shape == (2, 16)
+    noisy = {"a": points["a"], "b": points["b"] + torch.tensor([[1e-6], [0.0]])}  # as another batch would round
+    assert not torch.equal(noisy["a"][0], noisy["b"][0])
+    again = g.embed_sets(toy, {"a": short, "b": wide}, noisy)
+    assert torch.equal(again["b"], torch.stack([points["a"][0], points["b"][1]]))
 
 
 def test_embedding_refuses_tokens_of_another_vocabulary(toy):

@@ -136,7 +136,7 @@ def test_fingerprint_changes_with_what_matters(tmp_path, package):
 
 @pytest.mark.parametrize("status", ["", "[]", "{}", '{"state": "ok", "fingerprint": "other"}', '{"state": "failed", "fingerprint": "f"}'])
 def test_not_finished(tmp_path, status):
-    job = Job("x=1", "t", tmp_path / "n.ipynb", tmp_path, {}, "f")
+    job = Job("x=1", tmp_path / "n.ipynb", tmp_path, {}, "f")
     (tmp_path / "notebook.ipynb").write_text("{}")
     (tmp_path / "status.json").write_text(status)
     assert not is_finished(job)
@@ -161,7 +161,7 @@ def test_a_report_that_cannot_be_drawn_does_not_cost_the_cell(tmp_path, monkeypa
         raise RuntimeError("no ink\nand no paper")
 
     monkeypatch.setattr(report, "render", broken)
-    job = Job("x=1", "t", tmp_path / "n.ipynb", tmp_path, {}, "f")
+    job = Job("x=1", tmp_path / "n.ipynb", tmp_path, {}, "f")
     write_notebook(tmp_path / ".partial.ipynb")
     grid._finish(job, "", 1.0)
     status = read_json(tmp_path / "status.json")
@@ -178,14 +178,6 @@ def test_threads(monkeypatch):
 
 
 # --- the command --------------------------------------------------------------------------------
-
-
-def test_help_is_quick_and_says_what_to_type():
-    start = time.perf_counter()
-    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 1.0 or os.getloadavg()[0] > os.cpu_count()
-    assert "kdnb_run params/gmm.yaml params/smollm2-laptop.yaml --workers 2" in done.stdout
-    assert "2    bad input; nothing was run" in done.stdout
 
 
 def test_bad_input_runs_nothing(folder, capsys):
@@ -281,6 +273,23 @@ def test_a_run_from_failure_to_publication(folder, capfd):
     assert (run / "x=1" / "status.json").stat().st_mtime_ns > first[run / "x=1" / "status.json"][1]
 
 
+@pytest.mark.slow
+def test_an_axis_may_choose_the_notebook(folder, capfd):
+    for name in ("01_a", "02_b"):
+        write_notebook(folder / f"{name}.ipynb", cell("p", "x = 1", "parameters"), cell("c", f"print('{name}', x)"))
+    write_notebook(folder / "end.ipynb", cell("s", "from pathlib import Path\nprint(sorted(p.parent.name for p in Path('..').glob('*/status.json')))"))
+    (folder / "all.yaml").write_text("notebook: '{method}.ipynb'\nsummary: end.ipynb\ngrid: {method: [01_a, 02_b]}\ncases: {02_b: {x: 5}}\nworkers: 2")
+    assert main(["all.yaml", "--quiet"]) == 0
+    run = folder / "reports" / "all"
+    printed = {name: "".join("".join(o["text"]) for c in read_json(run / name / "notebook.ipynb")["cells"] for o in c["outputs"]) for name in states(run)}
+    assert printed == {"method=01_a": "01_a 1\n", "method=02_b": "02_b 5\n", "summary": "['method=01_a', 'method=02_b']\n"}
+
+    # a changed notebook runs its own cells only
+    write_notebook(folder / "01_a.ipynb", cell("p", "x = 1", "parameters"), cell("c", "print('new', x)"))
+    assert main(["all.yaml"]) == 0
+    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()][:2] == ["all · method=01_a", "all · summary"]
+
+
 def test_a_cell_that_hangs_is_ended(folder, capfd):
     file = write_run(folder, "timeout_s: 1.5", "import subprocess, time\nsubprocess.run(['sleep', '98765'])")
     assert main([file, "--quiet"]) == 1
@@ -365,3 +374,45 @@ def test_display_ctrl_c_and_two_runs_of_one_file(folder, capfd):
         assert second.result(timeout=60)["single"]["ran"]
     assert states(folder / "reports" / "toy") == {"single": "ok"}
     assert (folder / "diary").read_text() == "1\n1\n"  # interrupted once, then to the end
+
+
+# --- reports again ------------------------------------------------------------------------------
+
+
+def executed(folder, *names):
+    "Runs as they lie on disk, without reports."
+    for name in names:
+        (folder / "reports" / name).mkdir(parents=True)
+        write_notebook(folder / "reports" / name / "notebook.ipynb", cell("t", "# Title", kind="markdown"))
+
+
+def test_reports_are_drawn_again(folder, capsys):
+    executed(folder, "a/x=1", "a/summary", "b/single", ".trash/x=1", "a/.unused/x=2")
+    assert grid.report_main([]) == 0
+    assert capsys.readouterr() == ("3 reports; read reports/index.html\n", "")
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*.html")) == ["reports/a/summary/report.html", "reports/a/x=1/report.html", "reports/b/single/report.html", "reports/index.html"]
+    assert "<title>a · x=1</title>" in (folder / "reports/a/x=1/report.html").read_text()
+
+
+def test_reports_of_one_run_and_of_one_cell(folder, capsys):
+    executed(folder, "a/x=1", "a/x=2", "b/single")
+    assert grid.report_main(["reports/a/x=1", "--quiet"]) == 0
+    assert sorted(p.parent.name for p in folder.rglob("report.html")) == ["x=1"]
+    assert grid.report_main(["reports/a", "reports/b/single", "-q"]) == 0
+    assert sorted(p.parent.name for p in folder.rglob("report.html")) == ["single", "x=1", "x=2"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_report_that_fails_is_listed_and_the_others_are_made(folder, capsys):
+    executed(folder, "a/x=1", "a/x=2")
+    (folder / "reports/a/x=1/notebook.ipynb").write_text("{}")
+    assert grid.report_main(["-q"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"a/x=1: report not made: \w+: .*\n", err)
+    assert (folder / "reports/a/x=2/report.html").is_file()
+
+
+def test_nothing_to_report(folder, capsys):
+    assert grid.report_main([]) == 2
+    assert capsys.readouterr().err == "kdnb_report: folder must hold executed notebooks, got none in reports; kdnb_run makes them\n"

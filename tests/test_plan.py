@@ -34,6 +34,8 @@ def tiny(tmp_path_factory):
     made = [Pipeline(SmolLM2Params(**run.params, tau=tau)) for tau in ("direct", 0.6)]
     for cell in made:
         cell.scores()
+        for seed in range(2):
+            cell.embeddings("truth", seed)
     return run, made
 
 

@@ -5,9 +5,14 @@ import html
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 
 import nbformat
 import numpy as np
@@ -15,6 +20,8 @@ import pandas as pd
 import pytest
 from browser import check_page, open_page
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from kdnb import charts, report
 from kdnb.core import Estimate
@@ -39,6 +46,22 @@ def chart_output(text="a"):
     xs = np.linspace(-1, 1, 11)
     chart = charts.density_maps({f"truth {text}": (xs, xs, np.exp(-(xs**2 + xs[:, None] ** 2)))}, f"T {text}", text)
     data, metadata = charts.render(chart.to_dict())
+    return new_output("display_data", data, metadata=metadata)
+
+
+def linked_output(text="a"):
+    points = pd.DataFrame([{"student": f"{text} τ = {t}", "series": text, **{f"{part}{end}": -t + d for part in ("recall", "precision") for end, d in (("", 0), ("_lo", -0.1), ("_hi", 0.1))}} for t in (1, 2, 3)])
+    texts = pd.DataFrame([{"student": s, "text": f"{text} written by {s}"} for s in points["student"]])
+    lines = pd.DataFrame([{"student": s, "series": "student", "x": x, "y": x * len(s) + i} for i, s in enumerate(points["student"]) for x in range(3)])
+    data, metadata = charts.render(charts.linked(points, texts, lines, title=text).to_dict())
+    return new_output("display_data", data, metadata=metadata)
+
+
+def slider_output():
+    xs = np.linspace(-1, 1, 5)
+    steps = {b: {"teacher": (xs, xs, np.exp(-b * (xs**2 + xs[:, None] ** 2)))} for b in (1.0, 10.0)}
+    curve = pd.DataFrame({"knob": [1.0, 10.0], "series": "precision", "value": [-2.0, -1.0]})
+    data, metadata = charts.render(charts.density_slider(steps, curve, "β", "T", "S").to_dict())
     return new_output("display_data", data, metadata=metadata)
 
 
@@ -77,6 +100,8 @@ def save(folder, cells, metrics=None, run=None, **metadata):
 METRICS = {
     "parameters": {"beta": 100.0, "n_seeds": 64},
     "headline": [{"label": "recall, nats", "estimate": Estimate(-42.2, 4.4, -51.4, -33.0, 64)}, {"label": "claim", "value": "held"}],
+    "claims": [{"claim": c, "verdict": v} for c, v in (("a", "held"), ("b", "held"), ("c", "did not hold"))],
+    "seeds": [0, 1, 2], "device": "cpu (x86_64)", "versions": {"torch": "2.13.0"},
 }
 RUN = {"commit": "0123456789abcdef", "started": "2026-01-02T03:04:05+00:00", "wall_s": {"fit": 1.0, "total": 83.2}, "peak_memory_mb": 812, "cores": 2}
 
@@ -92,12 +117,19 @@ def good(tmp_path_factory):
     ]
     papermill = {"parameters": {"beta": 100.0, "prompt": "it's"}, "input_path": "somewhere/gmm.ipynb"}
     save(reports / "gmm" / "beta=100", cells, METRICS, RUN, papermill=papermill)
-    save(reports / "gmm" / "beta=20", cells[:2], {**METRICS, "headline": [{"label": "recall, nats", "estimate": Estimate(-math.inf, math.inf, -math.inf, math.inf, 9)}]}, RUN)
+    save(reports / "gmm" / "beta=20", cells[:2], {**METRICS, "parameters": {"beta": 20.0, "n_seeds": 64}, "headline": [{"label": "recall, nats", "estimate": Estimate(-math.inf, math.inf, -math.inf, math.inf, 9)}]}, RUN)
     save(reports / "gmm" / "beta=3", [*cells[:2], failed_cell()], None, None)
     save(reports / "gmm" / "summary", cells[:2], {**METRICS, "headline": [*METRICS["headline"], {"label": "finding", "value": "more precise from β = 20 on"}]}, RUN)
     (reports / "gmm" / "beta=7").mkdir()
     report.index(reports)
+    report.render(save_notebook(reports / "play", [new_markdown_cell("# Play"), new_code_cell("", outputs=[slider_output(), linked_output("it")])]), reports / "play.html")
     return reports
+
+
+def save_notebook(folder, cells):
+    folder.mkdir()
+    nbformat.write(new_notebook(cells=cells), folder / "notebook.ipynb")
+    return folder / "notebook.ipynb"
 
 
 def charts_table():
@@ -118,10 +150,14 @@ def test_import_is_quick():
 def test_header_says_the_answer_first(good):
     page = (good / "gmm" / "beta=100" / "report.html").read_text()
     header = html.unescape(page[page.index("<header") : page.index("</header>")])
-    for said in ("What is asked?", ">ok<", "−42.2 ± 9.2", "held", "took 1 min 23 s", "peak memory 0.81 GB", "commit 012345678", "2026-01-02 03:04:05 UTC",
+    for said in ("What is asked?", ">ok<", "−42.2 ± 9.2", "held", "took 1 min 23 s", "peak memory 0.81 GB", "commit 012345678", "2026-01-02 03:04:05 UTC", "claims: 2 held, 1 did not",
                  "kdnb_run params/gmm.yaml", "papermill nbs/experiments/gmm.ipynb out.ipynb -p beta 100.0 -p prompt 'it'\"'\"'s'", "n_seeds"):
         assert said in header, said
     assert page.count("What is asked?") == 2  # <title> and header: not again in the body
+    assert "<title>What is asked?: recall, nats: −42.2 ± 9.2</title>" in page
+    footer = re.sub(r"<[^>]+>", " ", page[page.index("<footer") : page.index("</footer>")])
+    for said in ("0123456789abcdef", "2.13.0", "cpu (x86_64)", "3: 0 to 2", "wall time, fit", "1.0 s"):
+        assert said in footer, said
     assert page.index("<header") < page.index("<main")
     assert "<pre>100%\nit costs $5" in page  # what the progress bar wrote last
 
@@ -148,10 +184,13 @@ def test_same_notebook_same_file(good):
 
 def test_equal_charts_get_different_ids():
     taken = set()
-    data, metadata = charts.render({"data": {"values": [{}]}, "mark": "point"})
+    data, metadata = charts.render({"title": "T", "data": {"values": [{}]}, "mark": "point"})
     first, second = (report.chart_html(data, metadata, taken) for _ in range(2))
     assert first != second
     assert len(taken) == 2
+    assert ">T</div>" in first  # what it says, until it is drawn
+    assert "image/png" not in first  # a picture weighs three times its specification
+    assert f'style="width:{metadata["image/png"]["width"]}px;' in first  # nothing jumps
 
 
 def test_failure_is_at_the_top(good):
@@ -190,7 +229,7 @@ def test_what_the_grid_runner_saw_counts(tmp_path):
 def test_index_lists_every_cell(good):
     page = (good / "index.html").read_text()
     rows = re.findall(r"(?s)<tr[^>]*>(.*?)</tr>", page.split("<tbody>")[1])
-    names = [re.sub(r"<[^>]+>", "", re.search(r"<td.*?</td>", r)[0]) for r in rows]
+    names = [re.sub(r"<[^>]+>", "", re.search(r"<td.*?</td>", r)[0]).strip() for r in rows]
     assert names == ["summary", "beta=3", "beta=7", "beta=20", "beta=100"]
     assert "ZeroDivisionError: division by zero" in rows[1]
     assert "missing" in rows[2]
@@ -198,6 +237,7 @@ def test_index_lists_every_cell(good):
     assert 'href="gmm/beta%3D100/report.html"' in rows[4]
     assert "1 min 23 s" in rows[4]
     assert "finding: <strong>more precise from β = 20 on</strong>" in page
+    assert "2 held, 1 did not" in rows[4]
     assert "finding" not in re.search(r"(?s)<thead>.*?</thead>", page)[0]
     assert report.index(good).read_text() == page
 
@@ -251,7 +291,7 @@ def hostile_cells():
         new_output("display_data", {"text/latex": f"${HOSTILE}$"}), new_output("display_data", {"image/svg+xml": svg}),
         new_output("display_data", {"application/javascript": "window.hit=1", "text/plain": HOSTILE}),
         new_output("display_data", {"image/png": '"><script>window.hit=1</script>'}),
-        new_output("stream", name="stdout", text=HOSTILE), new_output("stream", name="stderr", text=HOSTILE), line_output(HOSTILE), chart_output(ATTACKS[2]), charts_table(),
+        new_output("stream", name="stdout", text=HOSTILE), new_output("stream", name="stderr", text=HOSTILE), line_output(HOSTILE), linked_output(HOSTILE), chart_output(ATTACKS[2]), charts_table(),
     ]
     return [new_markdown_cell(f"# Title {ATTACKS[0]}\n\nText."), new_code_cell(HOSTILE.replace("\x1b", ""), outputs=outputs), failed_cell(HOSTILE)]
 
@@ -273,7 +313,7 @@ def test_hostile_files_hold_only_our_scripts(hostile):
         scripts = re.findall(r"(?s)<script>(.*?)</script>", page)
         allowed = {*map(report._asset, ("report.js", "reports.js")), report.vega_bundle(), report._katex()[1]}
         assert set(scripts) <= allowed
-        assert page.count("<script") == len(scripts) + page.count('<script type="application/json">')
+        assert page.count("<script") == len(scripts) + page.count('<script type="application/json"')
         tags = Tags(page)
         assert not [a for a in tags.attributes if a.startswith("on")]
         assert not tags.names & {"iframe", "object", "embed", "base", "form", "math", "audio", "video"}
@@ -281,9 +321,29 @@ def test_hostile_files_hold_only_our_scripts(hostile):
         assert "\x1b" not in page
 
 
+@pytest.fixture(scope="module")
+def served(good):
+    "Address of the reports on a server of this machine."
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(good))) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(params=["disk", "server"])
+def place(request, good):
+    "Address of the reports: opened from disk, and from a server."
+    return good.as_uri() if request.param == "disk" else request.getfixturevalue("served")
+
+
 @pytest.mark.browser
-def test_browser_draws_charts_and_formulas(good, driver):
-    check_page(driver, (good / "gmm" / "beta=100" / "report.html").as_uri(), charts=2, formulas=3)
+def test_browser_draws_charts_and_formulas(place, driver):
+    check_page(driver, f"{place}/gmm/beta%3D100/report.html", charts=2, formulas=3, base=place)
+    labels = driver.execute_script("return Array.from(document.querySelectorAll('figure.chart [role=graphics-document]'), e => e.getAttribute('aria-label'))")
+    assert [text.split(":")[0] for text in labels] == ["Density maps", "Line chart"]  # every chart says what it shows
     assert driver.execute_script("return document.fonts.check('600 16px Inter')")
     assert "it costs $5 and $6" in driver.find_element("css selector", "main").text  # no formula is looked for in outputs
     assert driver.execute_script("return document.querySelectorAll('details.code[open]').length") == 0
@@ -304,9 +364,6 @@ def test_browser_on_a_phone(good, driver):
 
 @pytest.mark.browser
 def test_browser_shows_a_tooltip(good, driver):
-    from selenium.webdriver import ActionChains
-    from selenium.webdriver.support.ui import WebDriverWait
-
     open_page(driver, (good / "gmm" / "beta=100" / "report.html").as_uri())
     point = driver.find_elements("css selector", "figure.chart .mark-symbol path")[0]
     driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", point)
@@ -319,13 +376,72 @@ def test_browser_shows_a_tooltip(good, driver):
 
 
 @pytest.mark.browser
+def test_browser_slider_changes_the_picture(place, driver):
+    check_page(driver, f"{place}/play.html", charts=2, base=place)
+    picture = "return document.querySelector('figure.chart image').getAttribute('href')"
+    slider = driver.find_element("css selector", "figure.chart input[type=range]")
+    before = driver.execute_script(picture)
+    slider.send_keys(Keys.ARROW_RIGHT)
+    WebDriverWait(driver, 10).until(lambda d: d.execute_script(picture) != before)
+    assert "β = 10" in driver.find_element("css selector", "figure.chart svg").text
+
+
+@pytest.mark.browser
+def test_browser_choice_of_a_student_changes_texts_and_curves(place, driver):
+    check_page(driver, f"{place}/play.html", charts=2, base=place)
+    chart = driver.find_elements("css selector", "figure.chart")[1]
+    buttons = chart.find_elements("css selector", "input[type=radio]")
+    wait = WebDriverWait(driver, 10)
+
+    def shown():
+        "Text that is read, button that is down, height at which the curve ends."
+        written = [e.text for e in chart.find_elements("css selector", "svg .mark-text text") if "written by" in e.text]
+        curve = driver.execute_script("return Array.from(arguments[0].querySelectorAll('svg .mark-line path'), e => [e.getAttribute('stroke'), e.getAttribute('d')]).at(-1)", chart)
+        return written, [b.get_attribute("value") for b in buttons if b.is_selected()], curve
+
+    first = shown()
+    assert first[:2] == (["it written by it τ = 1"], ["it τ = 1"])
+    buttons[0].send_keys(Keys.ARROW_RIGHT)  # by the keyboard
+    wait.until(lambda _: shown()[:2] == (["it written by it τ = 2"], ["it τ = 2"]))
+    assert shown()[2] != first[2]
+    far = min((e for e in chart.find_elements("css selector", "svg .mark-symbol path") if e.rect["width"] > 6), key=lambda e: e.rect["x"])  # the least recall
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", far)
+    ActionChains(driver).move_to_element_with_offset(far, 12, 12).click().perform()  # near is enough
+    wait.until(lambda _: shown()[:2] == (["it written by it τ = 3"], ["it τ = 3"]))
+
+
+@pytest.mark.browser
+def test_browser_compares_two_reports(place, driver):
+    check_page(driver, f"{place}/index.html", base=place)
+    panel = driver.find_element("id", "compare")
+    assert not panel.is_displayed()
+    boxes = {b.get_attribute("value"): b for b in driver.find_elements("css selector", "input.pick")}
+    boxes["gmm/beta=20"].click()
+    assert not panel.is_displayed()
+    boxes["gmm/beta=100"].click()
+    rows = {r.find_element("css selector", "th").text: [c.text for c in r.find_elements("css selector", "td")] for r in panel.find_elements("css selector", "tbody tr")}
+    assert rows["recall, nats"] == ["−∞ ± ∞", "−42.2 ± 9.2", ""]
+    assert rows["beta"] == ["20", "100", "+80"]
+    assert panel.find_element("css selector", "summary").text == "1 parameter is the same"
+    driver.refresh()  # the address remembers
+    assert driver.find_element("css selector", "#compare thead a").get_attribute("href").endswith("gmm/beta%3D20/report.html")
+    driver.find_element("css selector", "input.pick[value='gmm/summary']").click()  # a third takes the place of the first
+    heads = driver.find_elements("css selector", "#compare > .scroll thead a")
+    assert [h.text for h in heads] == ["gmm · beta=100", "gmm · summary"]
+    driver.find_element("css selector", "#compare > button").click()
+    assert not driver.find_element("id", "compare").is_displayed()
+    assert driver.find_elements("css selector", "input.pick:checked") == []
+
+
+@pytest.mark.browser
 def test_browser_notices_a_missing_bundle(good, driver, tmp_path):
     page = (good / "gmm" / "beta=100" / "report.html").read_text()
     broken = tmp_path / "broken.html"
     broken.write_text(page.replace(f"<script>{report.vega_bundle()}</script>", ""))
     with pytest.raises(AssertionError, match="chart not drawn"):
         check_page(driver, broken.as_uri(), charts=2, formulas=3)
-    assert driver.execute_script("return document.querySelectorAll('figure.chart img').length") == 2  # the pictures stay
+    said = driver.execute_script("return Array.from(document.querySelectorAll('figure.chart .said'), e => e.textContent)")
+    assert [text.split(":")[0] for text in said] == ["Density maps", "Line chart"]  # their words stay
 
 
 @pytest.mark.browser
@@ -356,7 +472,7 @@ def test_browser_policy_is_a_second_lock(good, driver, tmp_path):
 @pytest.mark.browser
 def test_browser_sorts_and_filters(good, driver):
     check_page(driver, (good / "index.html").as_uri())
-    names = "return Array.from(document.querySelectorAll('tbody tr')).filter(r => !r.hidden).map(r => r.cells[0].textContent)"
+    names = "return Array.from(document.querySelectorAll('tbody tr')).filter(r => !r.hidden).map(r => r.cells[0].textContent.trim())"
     head = driver.find_elements("css selector", "th button")[1]
     head.click()
     assert driver.execute_script(names) == ["summary", "beta=3", "beta=7", "beta=20", "beta=100"]
@@ -368,3 +484,22 @@ def test_browser_sorts_and_filters(good, driver):
     field.send_keys(" nothing")
     assert driver.find_element("id", "nothing").is_displayed()
     driver.find_element("css selector", "section.run")
+
+
+PUBLISHED = sorted((Path(__file__).parent.parent / "reports" / "published").glob("*/*/notebook.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("notebook", PUBLISHED, ids=lambda p: f"{p.parent.parent.name}/{p.parent.name}")
+def test_browser_published_reports(notebook, driver, tmp_path):
+    shutil.copytree(notebook.parent, tmp_path / "reports" / "run" / "cell")
+    made = report.render(tmp_path / "reports" / "run" / "cell" / "notebook.ipynb", tmp_path / "reports" / "run" / "cell" / "report.html")
+    assert made.stat().st_size < 3e6
+    charts_in = json.dumps(json.loads(notebook.read_text())).count(f'"{report.VEGALITE_MIME}"')
+    errors, requests = open_page(driver, made.as_uri())
+    assert (errors, requests) == ([], [])
+    count = "return document.querySelectorAll(arguments[0]).length"
+    assert driver.execute_script(count, "figure.chart.drawn svg.marks") == charts_in > 0
+    assert driver.execute_script(count, ".katex-error") == 0
+    assert driver.execute_script("return Array.from(document.querySelectorAll('.jp-RenderedMarkdown'), e => e.innerText).join(' ')").count("$") == 0  # no formula is left

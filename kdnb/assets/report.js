@@ -28,7 +28,7 @@
       mode: "vega-lite", renderer: "svg", ast: true, loader,
       actions: { export: true, source: false, compiled: false, editor: false },
     });
-    figure.querySelector("img").replaceWith(target);
+    figure.querySelector(".said").replaceWith(target);
     figure.classList.add("drawn");
   }
 
