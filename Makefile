@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 RUNS  ?= gmm smollm2-laptop
 
 .DEFAULT_GOAL := help
-.PHONY: help report test check lab site publish readme clean
+.PHONY: help report test check lab site bench publish readme clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -34,6 +34,9 @@ lab: $(READY)  ## JupyterLab, at the notebook to start with
 
 site: $(READY)  ## the documentation site: open _site/index.html
 	@$(BIN)/kdnb_site build
+
+bench: $(READY)  ## time kdnb against the usual libraries (on a machine that does nothing else)
+	@$(BIN)/kdnb_run --force params/bench.yaml
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@$(BIN)/kdnb_site readme

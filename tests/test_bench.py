@@ -1,6 +1,8 @@
 """Guards of kdnb.bench, and the benchmark notebook in miniature. Nothing here asserts a time."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,3 +46,19 @@ def test_the_peak_is_what_was_held_at_a_time():
     small, large = in_processes([lambda n=n: float(np.ones(n // 8).sum()) for n in (8 * 10**6, 10**8)])
     assert 0.95e8 <= large.peak_bytes < 1.2e8  # the resident set is sampled in pages
     assert small.peak_bytes < 3e7
+
+
+def test_the_benchmark_runs_in_miniature(tmp_path):
+    """Both sides agree to the stated tolerances (asserted in the notebook), and every line of the result is there."""
+    notebook = ROOT / "nbs" / "experiments" / "bench.ipynb"
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(tmp_path / "out.ipynb")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    contests = {k: e for k, e in metrics["estimates"].items() if isinstance(e, dict) and "ours_per_s" in e}
+    assert {k.split(",")[0] for k in contests} >= {"EM", "scoring", "sampling", "training"}
+    for name, e in contests.items():
+        assert e["ratio"]["lo"] <= e["ratio"]["mean"] <= e["ratio"]["hi"], name
+        assert all(r > 0 for r in (*e["ours_per_s"], *e["peer_per_s"])), name
+        assert e["ratio"]["mean"] < 1e3, f"{name}: the two sides do not count the same work"
+    assert {"scores under the truth", "all"} <= set(metrics["estimates"]["laptop tier, seconds"]["ours"])
