@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'GRID', 'ROLES', 'OTHERS', 'FONT', 'DENSE', 'RECALL', 'PRECISION', 'PARTS', 'TEXT_SIZE', 'TEXT_LINE',
-           'MOST_LINES', 'MOST_TEXTS', 'TRACES', 'colours', 'theme', 'encode_png', 'decode_png', 'drawable', 'to_png',
-           'alt_text', 'render', 'spread', 'curves', 'place', 'pr_plane', 'linked', 'density_maps', 'density_slider',
-           'heat_maps', 'scatter_texts', 'training_curves', 'Table', 'table', 'samples_table']
+           'MOST_LINES', 'MOST_TEXTS', 'TRACES', 'colours', 'theme', 'drawable', 'to_png', 'alt_text', 'render',
+           'spread', 'curves', 'place', 'pr_plane', 'linked', 'density_maps', 'density_slider', 'heat_maps',
+           'scatter_texts', 'training_curves', 'Table', 'table', 'samples_table']
 
 # %% ../nbs/44_charts.ipynb #a6316642
 import html
+import io
 import math
 import re
-import struct
 import textwrap
-import zlib
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -75,41 +74,17 @@ def _vl_convert():
     return vl_convert
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    "One chunk of a PNG file."
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def _png(
+    pixels: np.ndarray,          # uint8 (h, w, 3)
+    **options: Any,              # of Pillow's writer
+) -> bytes:
+    "A picture of at most 256 colours as PNG; notebooks are kept in git, and this is a fifth of all colours' size."
+    from PIL import Image
 
-
-def encode_png(
-    rgb: np.ndarray,       # uint8 (h, w, 3)
-    dots: int | None = None,  # pixels per metre
-) -> bytes:                # the smaller of the unfiltered and the Up-filtered file
-    "A picture as PNG (PNG 1.2, colour type 2)."
-    height, width, _ = rgb.shape
-    plain = b"".join(b"\0" + row.tobytes() for row in rgb)
-    up = b"".join(b"\2" + row.tobytes() for row in np.diff(rgb, axis=0, prepend=np.zeros_like(rgb[:1])))
-    data = min((zlib.compress(raw, 6) for raw in (plain, up)), key=len)
-    size = _chunk(b"pHYs", struct.pack(">IIB", dots, dots, 1)) if dots else b""
-    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + size + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
-
-
-def decode_png(
-    png: bytes,               # 8-bit RGBA, as vl-convert writes it
-) -> np.ndarray | None:       # uint8 (h, w, 4); None where a filter other than None and Sub was used
-    "Pixels of a picture that vl-convert made."
-    chunks, at = {}, 8
-    while at < len(png):
-        size = int.from_bytes(png[at : at + 4])
-        kind = png[at + 4 : at + 8]
-        chunks[kind] = chunks.get(kind, b"") + png[at + 8 : at + 8 + size]
-        at += 12 + size
-    width, height, *format_ = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
-    if format_ != [8, 6] or not (rows[:, 0] < 2).all():
-        return None
-    stored = rows[:, 1:].reshape(height, width, 4)
-    return np.where(rows[:, :1, None] == 1, np.cumsum(stored, axis=1, dtype=np.uint8), stored)
+    file = io.BytesIO()
+    few = Image.fromarray(pixels).quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # shades stay smooth
+    few.save(file, "PNG", optimize=True, **options)
+    return file.getvalue()
 
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -130,9 +105,10 @@ def to_png(
     spec: Mapping,  # Vega-Lite, as `chart.to_dict()` gives it
 ) -> bytes:         # PNG at 144 pixels per inch, white ground
     "The static picture of a chart; equal specifications give equal bytes."
-    png = _vl_convert().vegalite_to_png(drawable(spec), vl_version="6.4", ppi=144)
-    pixels = decode_png(png)
-    return png if pixels is None else encode_png(pixels[..., :3], round(144 / 0.0254))  # a third of the size: notebooks are kept in git
+    from PIL import Image
+
+    drawn = Image.open(io.BytesIO(_vl_convert().vegalite_to_png(drawable(spec), vl_version="6.4", ppi=144)))
+    return _png(np.asarray(drawn.convert("RGB")), dpi=drawn.info["dpi"])
 
 
 def alt_text(
@@ -150,7 +126,7 @@ def render(
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # MIME bundle and its metadata
     "Altair renderer: interactive specification, static picture, alternative text."
     png = to_png(spec)
-    width, height = (n // 2 for n in struct.unpack(">II", png[16:24]))  # from the PNG header: drawn at twice the size
+    width, height = (int.from_bytes(png[at : at + 4]) // 2 for at in (16, 20))  # from the PNG header: drawn at twice the size
     shown = drawable(spec) | {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
     bundle = {VEGALITE_MIME: shown, "image/png": b64encode(png).decode(), "text/plain": alt_text(shown)}
     return bundle, {"image/png": {"width": width, "height": height}}
@@ -511,7 +487,7 @@ def _picture(name: str, xs: Any, ys: Any, density: Any, colour: str) -> tuple[tu
         raise ValueError(f"density of {name!r} must have shape (len(ys), len(xs)) = {(len(ys), len(xs))}, got {density.shape}")
     if not (np.isfinite(density).all() and (density >= 0).all() and density.max() > 0):
         raise ValueError(f"density of {name!r} must be finite, >= 0 and somewhere > 0, got {density.min():g} to {density.max():g}")
-    uri = "data:image/png;base64," + b64encode(encode_png(_shade(density[::-1], colour))).decode()
+    uri = "data:image/png;base64," + b64encode(_png(_shade(density[::-1], colour))).decode()
     return (float(xs[0]), float(xs[-1])), (float(ys[0]), float(ys[-1])), uri
 
 

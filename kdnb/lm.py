@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from .core import make_rng
-from .store import _versions, artifact
+from .store import artifact, versions
 
 
 def _transformers() -> Any:
@@ -103,7 +103,7 @@ class LM:
             digest.update(name.encode())
             digest.update(weights.cpu().contiguous().view(torch.uint8).numpy())
         facts = {name: getattr(self, name) for name in ("tau", "prompt_ids", "stop_ids", "max_length")}
-        return {"weights_sha256": digest.hexdigest(), "dtype": str(self.model.dtype).removeprefix("torch."), **facts, "versions": _versions()}
+        return {"weights_sha256": digest.hexdigest(), "dtype": str(self.model.dtype).removeprefix("torch."), **facts, "versions": versions()}
 
     def sharpen(
         self,
@@ -172,7 +172,7 @@ def check_tokens(
     return tokens
 
 # %% ../nbs/20_lm.ipynb #a3e752ae
-PER_TOKEN = {"log_prob", "entropy"}  # columns of float32 lists beside the ids
+PER_TOKEN = ("log_prob", "entropy")  # columns of float32 lists beside the ids
 
 
 def save_tokens(
@@ -223,7 +223,7 @@ def _load_shard(folder: Path) -> Tokens:
     tokens = Tokens(torch.full((len(length), width), -1), length)
     inside = _inside(tokens)
     tokens.ids[inside] = torch.tensor(ids.flatten().to_numpy(), dtype=torch.int64)
-    for name in PER_TOKEN & set(table.column_names):
+    for name in (name for name in PER_TOKEN if name in table.column_names):
         values = torch.zeros(inside.shape)
         values[inside] = torch.tensor(table[name].combine_chunks().flatten().to_numpy())
         tokens = tokens._replace(**{name: values})

@@ -127,7 +127,7 @@ def check_drift(
     lm: LM,                   # the model that is said to have drawn `tokens`
     tokens: Tokens,           # with the log-probabilities of their drawing
     n: int = 8,               # sequences to score again, spread over the set
-    tolerance: float = 1e-3,  # nats per token; float32 on one machine stays below 1e-4
+    tolerance: float = 1e-3,  # nats per token; 2,000 draws of SmolLM2-135M in float32 moved by 2e-4 at most
 ) -> float:                   # the largest difference found, nats
     "Score a subset again and refuse samples that this model did not draw."
     if tokens.log_prob is None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'log', 'VERSIONED', 'to_json', 'writable_folder', 'write_text', 'write_json', 'read_json', 'normal_code',
-           'Recipe', 'store_root', 'file_hash', 'find_fault', 'Artifact', 'artifacts', 'artifact', 'Run',
+           'Recipe', 'store_root', 'file_hash', 'find_fault', 'Artifact', 'artifacts', 'artifact', 'versions', 'Run',
            'read_metrics']
 
 # %% ../nbs/02_store.ipynb #a6316642
@@ -301,7 +301,7 @@ def artifact(
 VERSIONED = ("numpy", "scipy", "torch", "transformers")  # libraries whose version can move a digit
 
 
-def _versions() -> dict:
+def versions() -> dict:
     "Versions of Python, kdnb and the libraries that compute."
     import kdnb
 
@@ -372,7 +372,7 @@ class Run:
         "Write metrics.json (reproducible) and run.json (what varies)."
         out = writable_folder(self.out, "out")
         head = {"schema": 1, "experiment": self.experiment, "parameters": self.parameters}
-        metrics = {**head, "estimates": estimates, "claims": claims, "seeds": seeds, "device": _device(), "versions": _versions(), **extra}
+        metrics = {**head, "estimates": estimates, "claims": claims, "seeds": seeds, "device": _device(), "versions": versions(), **extra}
         total_s = round(time.perf_counter() - self._start, 3)
         run = {"schema": 1, "commit": _commit(), "started": self.started.isoformat(timespec="seconds"), "wall_s": {**self.wall_s, "total": total_s}}
         write_json(out / "run.json", {**run, "peak_memory_mb": _peak_memory_mb(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")})

@@ -41,10 +41,13 @@ def test_each_works_in_a_process_of_its_own_with_one_thread():
     assert first.value[1] == second.value[1] == "1"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak is known on Linux only")
 def test_the_peak_is_what_was_held_at_a_time():
     small, large = in_processes([lambda n=n: float(np.ones(n // 8).sum()) for n in (8 * 10**6, 10**8)])
-    assert 0.95e8 <= large.peak_bytes < 1.2e8  # the resident set is sampled in pages
+    if sys.platform != "linux":
+        assert np.isnan([small.peak_bytes, large.peak_bytes]).all()  # not known, and said so
+        return
+    counted = 2**20  # the kernel counts resident pages in batches of 64 a thread
+    assert 1e8 - counted <= large.peak_bytes < 1.2e8
     assert small.peak_bytes < 3e7
 
 
