@@ -152,7 +152,7 @@ class KnnMetrics(NamedTuple):
     "How generated points lie among the truth's, by k nearest neighbours; intervals are over fresh draws of both sets at these sizes."
     precision: Estimate  # share of generated points inside some truth ball
     recall: Estimate     # share of truth points inside some generated ball
-    density: Estimate    # truth balls around a generated point, divided by k; 1 in expectation for equal distributions
+    density: Estimate    # truth balls around a generated point, divided by k; 1 in expectation for equal distributions without repeated points
     coverage: Estimate   # share of truth balls with a generated point inside
 
 
@@ -267,5 +267,7 @@ def geometry(
 def combine_metrics(
     seeds: Sequence[Mapping[str, KnnMetrics]],  # one per independent seed, with the same sets
 ) -> dict[str, KnnMetrics]:
-    "Means over seeds; their intervals also hold what training does from seed to seed."
-    return {name: KnnMetrics(*map(combine, zip(*(s[name] for s in seeds), strict=True))) for name in seeds[0]}
+    "Means over seeds; their intervals also hold what training does from seed to seed, and end where a share does."
+    means = {name: KnnMetrics(*map(combine, zip(*(s[name] for s in seeds), strict=True))) for name in seeds[0]}
+    most = KnnMetrics(1.0, 1.0, math.inf, 1.0)
+    return {name: KnnMetrics(*(e._replace(lo=max(e.lo, 0.0), hi=min(e.hi, end)) for e, end in zip(m, most, strict=True))) for name, m in means.items()}
