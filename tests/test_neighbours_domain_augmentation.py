@@ -1,4 +1,4 @@
-"""Guards of kdnb.neighbours.domain_augmentation. Oracles: enumeration of random losses, scipy integration and optimisation, kdnb.scoring on a toy model."""
+"""Guards of kdnb.neighbours.domain_augmentation. Oracles: scipy integration and optimisation."""
 
 import math
 
@@ -9,10 +9,8 @@ from scipy.integrate import quad
 from scipy.optimize import minimize
 
 from kdnb.core import make_rng
-from kdnb.lm import Tokens, toy_lm
 from kdnb.neighbours import domain_augmentation as D
-from kdnb.neighbours.conditional import fit_logistic
-from kdnb.scoring import score_lm
+from kdnb.neighbours.common import fit_logistic
 
 
 def density(x, domain):
@@ -34,17 +32,6 @@ def test_ruler_of_a_domain_against_quadrature(domain):
     recall = quad(lambda x: density(x, domain) * (truth(x) * math.log(p(x)) + (1 - truth(x)) * math.log(1 - p(x))), -8, 8, limit=200)[0]
     precision = quad(lambda x: density(x, domain) * (p(x) * math.log(truth(x)) + (1 - p(x)) * math.log(1 - truth(x))), -8, 8, limit=200)[0]
     np.testing.assert_allclose([found.recall, found.precision], [recall, precision], atol=1e-8)
-
-
-def test_mixing_is_monotone_for_any_losses():
-    "Global minima by enumeration, no convexity: target never rises, source never falls."
-    alphas = torch.linspace(0, 1, 201, dtype=torch.float64)
-    for seed in range(50):
-        s, t = torch.randn(2, 300, generator=make_rng(seed, "losses"), dtype=torch.float64)
-        at = ((1 - alphas)[:, None] * s + alphas[:, None] * t).argmin(-1)
-        assert (t[at].diff() <= 0).all()
-        assert (s[at].diff() >= 0).all()
-        assert len(at.unique()) > 1
 
 
 def test_mixing_path_against_scipy_and_monotone():
@@ -104,15 +91,6 @@ def test_arms():
     repeated = [torch.cat([a[0], *[a[0][wrong[0]]] * 2]) for a in (seen.x, own)]  # counting three times is being there three times
     np.testing.assert_allclose(arms["DMU"][0], fit_logistic(D.line(repeated[0]), repeated[1]), atol=1e-6)
     assert len(arms) == 10
-
-
-def test_next_label_against_scores():
-    lm = toy_lm(0, vocab_size=5)
-    prompts = [[0, 1, 2], [0, 3], [0, 4], [0, 2, 2]]
-    found = D.next_label(lm, prompts, [1, 3])
-    for prompt, row in zip(prompts, found, strict=True):
-        by_score = [score_lm(lm, Tokens(torch.tensor([[*prompt[1:], word]]), torch.tensor([len(prompt)])))[0, -1].double() for word in (1, 3)]
-        np.testing.assert_allclose(row, torch.stack(by_score).log_softmax(-1), atol=1e-5)
 
 
 def test_pairs_are_what_their_labels_say():

@@ -1,4 +1,4 @@
-"""Guards of kdnb.neighbours.mixkd. Oracles: enumeration with moments of the Beta distribution, drawing, the two-mixture density, the token-level labeller on a toy model."""
+"""Guards of kdnb.neighbours.mixkd. Oracles: enumeration with moments of the Beta distribution, drawing, the two-mixture density."""
 
 import re
 
@@ -8,11 +8,9 @@ import torch
 from scipy.stats import beta, kstest
 
 from kdnb.core import make_rng
-from kdnb.lm import toy_lm
 from kdnb.mixture import Mixture
 from kdnb.neighbours import mixkd as M
-from kdnb.neighbours.conditional import fit_logistic
-from kdnb.neighbours.domain_augmentation import next_label
+from kdnb.neighbours.common import fit_logistic
 
 
 def normal(*shape, seed=0):
@@ -67,9 +65,9 @@ def test_mixtures_are_what_they_say():
 def test_mixtures_say_nothing_new_about_an_affine_teacher(n):
     "The least-squares student of least norm, with fewer examples than unknowns and with more."
     x, w = normal(n, 8, seed=9), normal(9, seed=10)
-    wide = lambda x: torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], -1)  # noqa: E731
     both = torch.cat([x, M.mix_pairs(x, 200, 0.4, make_rng(11)).x])
-    fits = [torch.linalg.pinv(wide(a), rtol=1e-10) @ (wide(a) @ w) for a in (x, both)]
+    wide = [torch.cat([a, torch.ones(len(a), 1, dtype=torch.float64)], -1) for a in (x, both)]
+    fits = [torch.linalg.pinv(a, rtol=1e-10) @ (a @ w) for a in wide]
     np.testing.assert_allclose(fits[0], fits[1], atol=1e-8)
     assert ((fits[0] - w).norm() < 1e-8) == (n >= 9)
 
@@ -128,14 +126,10 @@ def test_wide_jitter_is_as_far_away_as_mixtures():
 def test_student_weighs_terms_the_same():
     x, y = M.draw_examples(10, 1, make_rng(23))
     more, told = M.draw_examples(20, 1, make_rng(24))
-    features = lambda x: M.random_features(x, make_rng(25))  # noqa: E731
+
+    def features(x):
+        return M.random_features(x, make_rng(25))
+
     found = M.train_student([M.Questions(x, y), M.Questions(more, told)], features)
     twice = [torch.cat([a, a, b], 1) for a, b in ((x, more), (y, told))]  # ten examples twice against twenty
     np.testing.assert_allclose(found, fit_logistic(features(twice[0]), twice[1], ridge=1e-3), atol=1e-7)
-
-
-def test_embedded_labels_are_those_of_tokens():
-    lm = toy_lm(0, vocab_size=5)
-    ids = torch.randint(5, (7, 4), generator=make_rng(26))
-    embedded = lm.model.get_input_embeddings()(ids).detach().double()
-    np.testing.assert_allclose(M.embedded_label(lm, embedded, [1, 3], batch_size=3), next_label(lm, ids.tolist(), [1, 3]), atol=1e-5)

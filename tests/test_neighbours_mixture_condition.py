@@ -1,4 +1,4 @@
-"""Guards of kdnb.neighbours.mixture_condition. Oracles: moments of split data, brute-force integrals, finite differences, optimal assignment."""
+"""Guards of kdnb.neighbours.mixture_condition. Oracles: moments of split data, brute-force integrals, finite differences."""
 
 import math
 import re
@@ -6,8 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import jensenshannon
 from scipy.stats import chi2
 
 from kdnb.core import make_rng
@@ -80,14 +78,10 @@ def test_the_figures_of_the_notes():
 
 
 def test_parallel_lines():
-    "W1 = |θ|, Jensen–Shannon = log 2, and a mixture along the line has slope θ/s²."
+    "The slope of a mixture along the one line, on the other: θ/s²."
     line = torch.stack([torch.zeros(32), torch.linspace(0, 1, 32)], -1).double()
     for theta in (0.5, 2.0, -3.0):
         moved = line + torch.tensor([theta, 0.0], dtype=torch.float64)
-        cost = torch.cdist(line, moved)
-        np.testing.assert_allclose(cost[linear_sum_assignment(cost)].mean(), abs(theta), rtol=1e-12)
-        both = np.eye(2).repeat(32, 1)  # points that no line shares
-        np.testing.assert_allclose(jensenshannon(both[0], both[1], base=np.e) ** 2, math.log(2), rtol=1e-12)
         slope = -score(Mixture([1 / 32] * 32, line, [0.09] * 32), moved)
         np.testing.assert_allclose(slope[:, 0], theta / 0.09, rtol=1e-9)
 

@@ -1,4 +1,4 @@
-"""Guards of kdnb.neighbours.variance_reduction. Oracles: automatic differentiation, fixed-point iteration, simulation, scikit-learn, loops over classes."""
+"""Guards of kdnb.neighbours.variance_reduction. Oracles: automatic differentiation, fixed-point iteration, simulation, scikit-learn."""
 
 import math
 import re
@@ -121,16 +121,6 @@ def test_optimum_against_scikit_learn_and_its_own_slope():
     separable = torch.eye(3, dtype=torch.float64).repeat(4, 1)
     with pytest.raises(ValueError, match=r"target must have an optimum, got a last step of [\d.e+]+ after 40; separable labels have none"):
         V.optimum(separable, separable)
-
-
-def test_conditional_ruler_against_loops():
-    rng = make_rng(6)
-    student, truth = normal(rng, 2, 5, 3).log_softmax(-1), normal(rng, 5, 3).log_softmax(-1)
-    p, r, h = V.conditional_ruler(student, truth)
-    for s in (0, 1):
-        q, t = student[s].exp().tolist(), truth.exp().tolist()
-        sums = [(a * math.log(b), b * math.log(a), -a * math.log(a)) for qs, ts in zip(q, t, strict=True) for a, b in zip(qs, ts, strict=True)]
-        np.testing.assert_allclose([p[s], r[s], h[s]], np.sum(sums, 0) / 5, rtol=1e-12)
 
 
 def test_average_moments_by_hand_and_by_its_law():

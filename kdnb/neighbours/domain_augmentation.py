@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'BUMPS', 'MEMBERS', 'true_log_odds', 'line', 'bumps', 'fit_teacher', 'ensemble_labels', 'Seen',
-           'upsample_hard', 'train_arms', 'measure_on', 'mixing_path', 'next_label', 'animal_pair', 'person_pair',
-           'shallow']
+           'upsample_hard', 'train_arms', 'measure_on', 'mixing_path', 'animal_pair', 'person_pair', 'shallow']
 
 # %% ../../nbs/neighbours/05_domain_augmentation.ipynb #a6316642
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..exact import nodes
 from ..mixture import Mixture
-from .conditional import ConditionalRuler, conditional_ruler, fit_logistic, sharpen_labels, two_classes
+from .common import ConditionalRuler, conditional_ruler, fit_logistic, sharpen_labels, two_classes
 
 # %% ../../nbs/neighbours/05_domain_augmentation.ipynb #6923fce9
 DOMAINS = {name: Mixture([1.0], [[at]], [[0.49]]) for name, at in (("source", -1.0), ("target", 1.5), ("beyond", 3.2), ("opposite", -3.5))}
@@ -122,23 +121,6 @@ def mixing_path(
     return {"source": told[:, :n] @ grids[0].weights, "target": told[:, n:] @ grids[1].weights, "true target": true[:, n:] @ grids[1].weights}
 
 # %% ../../nbs/neighbours/05_domain_augmentation.ipynb #3b4708b8
-@torch.inference_mode()
-def next_label(
-    lm: Any,                        # kdnb.lm.LM
-    prompts: Sequence[Sequence[int]],  # token ids
-    labels: Sequence[int],          # token ids of the label words
-) -> Float64[Tensor, "n c"]:        # log-probabilities among the labels, nats
-    "A language model as a classifier: the next token after each prompt, renormalised over label words."
-    found = torch.empty(len(prompts), len(labels), dtype=torch.float64)
-    by_length: dict[int, list[int]] = {}
-    for i, ids in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(i)
-    for rows in by_length.values():
-        states = lm.model.model(input_ids=torch.tensor([prompts[i] for i in rows]), use_cache=False).last_hidden_state[:, -1]
-        found[rows] = lm.model.lm_head(states)[:, list(labels)].double().log_softmax(-1)
-    return found
-
-# %% ../../nbs/neighbours/05_domain_augmentation.ipynb #f95c9363
 def animal_pair(
     pick: Any,          # function of a sequence -> one of its elements
 ) -> tuple[str, str, int]:  # premise, hypothesis, 1 if entailed

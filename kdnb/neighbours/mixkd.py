@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD', 'EDGES', 'WAVES', 'mix_constant', 'Mixed', 'mix_pairs', 'mixed_square', 'true_log_odds', 'draw_examples',
-           'Teacher', 'teacher_log_odds', 'fit_teacher', 'random_features', 'Questions', 'ask_arms', 'train_student',
-           'embedded_label']
+           'Teacher', 'teacher_log_odds', 'fit_teacher', 'random_features', 'Questions', 'ask_arms', 'train_student']
 
 # %% ../../nbs/neighbours/08_mixkd.ipynb #a6316642
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from ..mixture import Mixture, grid_truth, log_normals
-from .conditional import fit_logistic, sharpen_labels, two_classes
+from .common import fit_logistic, sharpen_labels, two_classes
 
 # %% ../../nbs/neighbours/08_mixkd.ipynb #6923fce9
 def mix_constant(
@@ -62,6 +61,11 @@ def mixed_square(
     return c * residual.square().mean(-1) + (1 - c) * residual.mean(-1).square()
 
 # %% ../../nbs/neighbours/08_mixkd.ipynb #ebe24f3b
+def _ones(x: Float64[Tensor, "*b n d"]) -> Float64[Tensor, "*b n e"]:
+    "A constant beside the inputs."
+    return torch.cat([x, torch.ones_like(x[..., :1])], -1)
+
+# %% ../../nbs/neighbours/08_mixkd.ipynb #a3e752ae
 WORLD = grid_truth(0.1)
 EDGES = torch.tensor([0.0, 1, 0, 1, 1, 0, 1, 0], dtype=torch.float64)  # class of each component: corners 0, edges 1
 
@@ -84,7 +88,7 @@ def draw_examples(
     x = WORLD.expand(s).sample(n, rng)
     return x, (torch.rand(s, n, generator=rng, dtype=torch.float64) < torch.sigmoid(true_log_odds(x))).double()
 
-# %% ../../nbs/neighbours/08_mixkd.ipynb #a3e752ae
+# %% ../../nbs/neighbours/08_mixkd.ipynb #3b4708b8
 WAVES = 64
 
 
@@ -92,10 +96,6 @@ class Teacher(NamedTuple):
     "One hidden layer of 32 units, for s seeds."
     hidden: Float64[Tensor, "s 3 32"]
     out: Float64[Tensor, "s 33 1"]
-
-
-def _ones(x: Float64[Tensor, "*b n d"]) -> Float64[Tensor, "*b n e"]:
-    return torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
 
 def teacher_log_odds(
@@ -131,7 +131,7 @@ def random_features(
     k, phase = torch.randn(len(x), 2, WAVES, generator=seed_rng, dtype=torch.float64), torch.rand(len(x), 1, WAVES, generator=seed_rng, dtype=torch.float64)
     return _ones((2 / WAVES) ** 0.5 * torch.cos(2.5 * x @ k + 2 * torch.pi * phase))
 
-# %% ../../nbs/neighbours/08_mixkd.ipynb #3b4708b8
+# %% ../../nbs/neighbours/08_mixkd.ipynb #f95c9363
 class Questions(NamedTuple):
     "Inputs and soft labels of one term of a loss."
     x: Float64[Tensor, "s n 2"]
@@ -173,18 +173,3 @@ def train_student(
     "The student of least cross-entropy."
     weights = [torch.full_like(t.labels, 1 / (len(terms) * t.labels.shape[-1])) for t in terms]
     return fit_logistic(features(torch.cat([t.x for t in terms], 1)), torch.cat([t.labels for t in terms], 1), torch.cat(weights, 1), ridge)
-
-# %% ../../nbs/neighbours/08_mixkd.ipynb #f95c9363
-@torch.inference_mode()
-def embedded_label(
-    lm: Any,                           # kdnb.lm.LM
-    embedded: Float64[Tensor, "n t h"], # input embeddings: of tokens, or between them
-    labels: Sequence[int],             # token ids of the label words
-    batch_size: int = 32,
-) -> Float64[Tensor, "n c"]:           # log-probabilities among the labels, nats
-    "A language model as a classifier of embedded sequences: the next token, renormalised over label words."
-    parts = []
-    for some in embedded.to(lm.model.dtype).split(batch_size):
-        state = lm.model.model(inputs_embeds=some, use_cache=False).last_hidden_state[:, -1]
-        parts.append(lm.model.lm_head(state)[:, list(labels)].double().log_softmax(-1))
-    return torch.cat(parts)

@@ -23,6 +23,7 @@ from ..chain import Counts, MarkovChain
 from ..exact import _lattice
 from ..lm import LM, Tokens, _inside
 from ..mixture import Mixture
+from .common import minimise
 from ..scoring import _hidden, _next_log_prob
 
 # %% ../../nbs/neighbours/02_online.ipynb #6923fce9
@@ -117,16 +118,13 @@ def distil_table(
 ) -> Float[Tensor, "*b r v"]:
     "A student of low rank, or a batch of them; it and what it follows move in turn."
     u, v = (a.clone().requires_grad_() for a in start)
-    optimizer = torch.optim.Adam([u, v], lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, 2 * (1 - k / steps)))
-    for _ in range(steps):
+
+    def loss_of_all():
         log_s = (u @ v.mT).log_softmax(-1)
         seen = prefixes(log_s.detach())
-        share = seen / seen.sum(-1, keepdim=True)
-        optimizer.zero_grad()
-        (share * loss(target(log_p, log_s.detach()), log_s)).sum().backward()
-        optimizer.step()
-        schedule.step()
+        return (seen / seen.sum(-1, keepdim=True) * loss(target(log_p, log_s.detach()), log_s)).sum()
+
+    minimise([u, v], loss_of_all, steps, lr)
     return (u @ v.mT).log_softmax(-1).detach()
 
 # %% ../../nbs/neighbours/02_online.ipynb #a3e752ae
@@ -201,18 +199,17 @@ def reverse_gaussian(
     grid, weight, _ = _lattice(p.means.shape[-1], spacing)
     grid, weight = (a[weight > 1e-7] for a in (grid, weight))
     mean, log_sd = (a.clone().requires_grad_() for a in (start.means[..., 0, :], start.covs[..., 0, :].log() / 2))
-    optimizer = torch.optim.Adam([mean, log_sd], lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, 2 * (1 - k / steps)))
     one = torch.ones_like(start.weights)
-    for _ in range(steps):
-        now = Mixture(one, mean.detach()[..., None, :], (2 * log_sd.detach()).exp()[..., None, :])
+
+    def student() -> Mixture:
+        return Mixture(one, mean.detach()[..., None, :], (2 * log_sd.detach()).exp()[..., None, :])
+
+    def loss() -> Tensor:  # KL(s‖t) but for a constant
         x = mean[..., None, :] + log_sd.exp()[..., None, :] * grid
-        log_t = arithmetic_module(p.log_prob(x), now.log_prob(x), mu)
-        optimizer.zero_grad()
-        ((-log_t @ weight) - log_sd.sum(-1)).sum().backward()  # KL(s‖t) but for a constant
-        optimizer.step()
-        schedule.step()
-    return Mixture(one, mean.detach()[..., None, :], (2 * log_sd.detach()).exp()[..., None, :])
+        return ((-arithmetic_module(p.log_prob(x), student().log_prob(x), mu) @ weight) - log_sd.sum(-1)).sum()
+
+    minimise([mean, log_sd], loss, steps, lr)
+    return student()
 
 # %% ../../nbs/neighbours/02_online.ipynb #7730a47b
 def read_by(

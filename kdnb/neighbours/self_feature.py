@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..core import make_rng
-from .conditional import sharpen_labels
+from .common import sharpen_labels
 from ..progress import track
 
 # %% ../../nbs/neighbours/06_self_feature.ipynb #6923fce9
@@ -61,7 +61,7 @@ def true_log_prob(
     return (torch.einsum("...l,csl->...cs", x, _places()) / NOISE**2).logsumexp(-1).log_softmax(-1)
 
 # %% ../../nbs/neighbours/06_self_feature.ipynb #ebe24f3b
-SHALLOW, DEEP = 8, 16
+SHALLOW, DEEP = 8, 16  # channels; deep ones are averaged in pairs
 
 
 class Nets(NamedTuple):
@@ -101,9 +101,9 @@ def run_nets(
 ) -> Features:
     "Predictions and features of every network on its own signals."
     shallow = _convolve(x[..., None], nets.first)
-    deep = _convolve(shallow.unflatten(2, (LENGTH // 2, 2)).mean(3), nets.second)
+    deep = _convolve((shallow[:, :, 0::2] + shallow[:, :, 1::2]) / 2, nets.second)
     pooled = torch.cat([deep.amax(2), torch.ones_like(deep[:, :, 0, :1])], -1)
-    return Features((pooled @ nets.head).log_softmax(-1), shallow, deep.unflatten(-1, (SHALLOW, DEEP // SHALLOW)).mean(-1))
+    return Features((pooled @ nets.head).log_softmax(-1), shallow, (deep[..., 0::2] + deep[..., 1::2]) / 2)
 
 # %% ../../nbs/neighbours/06_self_feature.ipynb #a3e752ae
 MATCHINGS = ("position", "shuffled", "transport", "another")
@@ -152,23 +152,21 @@ def train_nets(
     feature_weight: float,
     lr: float = 0.01,
 ) -> dict[str, Nets]:                           # s networks per arm
-    "Adam on all signals of every seed and arm at once."
+    "Adam on all signals of every seed and arm; arms share their random choices."
     s, starts, rng = len(x), new_nets(len(x), make_rng(seed, "nets")), make_rng(seed, "steps")
     nets = Nets(*(w.repeat(len(arms), 1, 1).requires_grad_() for w in starts))
-    goals = torch.cat([labels if a.tau is None else sharpen_labels(teacher, a.tau).exp() for a in arms.values()])
-    start, end = (torch.tensor([getattr(a, k) for a in arms.values()], dtype=torch.float64).repeat_interleave(s)[:, None, None] for k in ("start", "end"))
-    everything, optimiser = x.repeat(len(arms), 1, 1), torch.optim.Adam(nets, lr)
+    goals = [labels if arm.tau is None else sharpen_labels(teacher, arm.tau).exp() for arm in arms.values()]
+    optimiser = torch.optim.Adam(nets, lr)
     for step in track(range(steps), desc="networks", unit="step"):
-        smooth = start + (end - start) * step / max(steps - 1, 1)
-        seen = run_nets(nets, everything)
-        loss = -(((1 - smooth) * goals + smooth / goals.shape[-1]) * seen.log_p).sum(-1).mean(-1).sum()
         some = torch.randperm(x.shape[1], generator=rng)[:MATCHED]
-        for k, arm in enumerate(arms.values()):
-            if arm.matching:
-                own = slice(k * s, (k + 1) * s)
-                part = Features(*(a[own][:, some] for a in seen))
-                loss = loss + arm.strength * feature_weight * feature_loss(Nets(*(w[own] for w in nets)), part, arm.matching, rng).sum()
         optimiser.zero_grad()
-        loss.backward()
+        for k, (arm, goal) in enumerate(zip(arms.values(), goals, strict=True)):  # an arm at a time: what it leaves in memory is small
+            own = Nets(*(w[k * s : (k + 1) * s] for w in nets))
+            seen, smooth = run_nets(own, x), arm.start + (arm.end - arm.start) * step / max(steps - 1, 1)
+            loss = -(((1 - smooth) * goal + smooth / goal.shape[-1]) * seen.log_p).sum(-1).mean(-1).sum()
+            if arm.matching:
+                part = Features(*(a[:, some] for a in seen))
+                loss = loss + arm.strength * feature_weight * feature_loss(own, part, arm.matching, rng).sum()
+            loss.backward()
         optimiser.step()
     return {name: Nets(*(w.detach()[k * s : (k + 1) * s] for w in nets)) for k, name in enumerate(arms)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['kd_loss', 'reduced_gradient', 'softmax', 'identity', 'stationary_covariance', 'stationary_error', 'best_weight',
-           'descend', 'conditional_ruler', 'optimum', 'average_moments']
+           'descend', 'optimum', 'average_moments']
 
 # %% ../../nbs/neighbours/04_variance_reduction.ipynb #a6316642
 from collections.abc import Callable
@@ -101,14 +101,6 @@ def descend(
     return torch.stack(kept)
 
 # %% ../../nbs/neighbours/04_variance_reduction.ipynb #3b4708b8
-def conditional_ruler(
-    log_student: Float64[Tensor, "*b m k"],  # log p″(y|a) on m fresh inputs
-    log_truth: Float64[Tensor, "*c m k"],    # log p*(y|a)
-) -> tuple[Float64[Tensor, "*b"], Float64[Tensor, "*b"], Float64[Tensor, "*b"]]:  # nats per input
-    "Precision, recall and entropy of a classifier against known class probabilities."
-    return tuple((p.exp() * q).sum(-1).mean(-1) for p, q in ((log_student, log_truth), (log_truth, log_student), (log_student, -log_student)))
-
-
 def optimum(
     a: Float64[Tensor, "*b n d"],
     target: Float64[Tensor, "*c n k"],  # one-hot or soft

@@ -1,4 +1,4 @@
-"""Guards of kdnb.neighbours.conditional. Oracles: chains of two symbols, scipy.optimize, scikit-learn, plain sampling."""
+"""Guards of kdnb.neighbours.common. Oracles: chains of two symbols, scipy.optimize, scikit-learn, plain sampling, scores of whole sequences."""
 
 import re
 
@@ -9,10 +9,14 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from kdnb.chain import MarkovChain, exact_entropy, exact_kl, exact_precision, exact_recall
-from kdnb.core import make_rng
+from kdnb.core import Estimate, Ruler, combine, difference, estimate, make_rng
 from kdnb.em import fit_em
 from kdnb.exact import exact_measure
-from kdnb.neighbours import conditional as C
+from kdnb.lm import Tokens, toy_lm
+from kdnb.mixture import Mixture
+from kdnb.neighbours import common as C
+from kdnb.scoring import score_lm
+from kdnb.store import Run, read_metrics
 
 
 def tables(*shape, seed=0):
@@ -100,9 +104,36 @@ def test_fit_logistic_on_separable_hard_labels():
         C.fit_logistic(x, y * torch.nan)
 
 
+def test_minimise_against_newton():
+    x, y, w = problem()
+    coef = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+    def loss():
+        return (w * (torch.nn.functional.softplus(x @ coef) - y * (x @ coef))).sum() + 0.005 * coef.square().sum()
+
+    C.minimise([coef], loss, 1000, 0.1)
+    np.testing.assert_allclose(coef.detach(), C.fit_logistic(x, y, w, ridge=0.01), atol=1e-5)
+    still = coef.detach().clone()
+    C.minimise([coef], loss, 1, 1e-9)
+    np.testing.assert_allclose(coef.detach(), still, atol=1e-8)
+
+
+def test_labels_of_tokens_and_of_embeddings_against_scores():
+    "Prompts of different lengths; those of one length also by their embeddings, in batches."
+    lm = toy_lm(0, vocab_size=5)
+    prompts = [[0, 1, 2], [0, 3], [0, 4], [0, 2, 2]]
+    found = C.next_label(lm, prompts, [1, 3])
+    for prompt, row in zip(prompts, found, strict=True):
+        by_score = [score_lm(lm, Tokens(torch.tensor([[*prompt[1:], word]]), torch.tensor([len(prompt)])))[0, -1].double() for word in (1, 3)]
+        np.testing.assert_allclose(row, torch.stack(by_score).log_softmax(-1), atol=1e-5)  # single precision
+    ids = torch.cat([torch.zeros(7, 1, dtype=torch.int64), torch.randint(5, (7, 3), generator=make_rng(26))], -1)
+    embedded = lm.model.get_input_embeddings()(ids).detach().double()
+    scores = torch.stack([score_lm(lm, Tokens(torch.cat([ids[:, 1:], torch.full((7, 1), word)], -1), torch.full((7,), 4)))[:, -1].double() for word in (1, 3)], -1)
+    np.testing.assert_allclose(C.embedded_label(lm, embedded, [1, 3], batch_size=3), scores.log_softmax(-1), atol=1e-5)
+
+
 def ruler(p, r):
-    p, r = (torch.tensor(v, dtype=torch.float64) for v in (p, r))
-    return C.ConditionalRuler(p, r, p, p, p, p)
+    return C.Place(*(torch.tensor(v, dtype=torch.float64) for v in (p, r)))
 
 
 @pytest.mark.parametrize(("dp", "dr", "words"), [
@@ -118,6 +149,41 @@ def test_movement_in_words(dp, dr, words):
     frame = C.movement_frame([record], change=True)
     assert frame.precision[0] == record["d_precision"].mean
     assert frame.recall_hi[0] == record["d_recall"].hi
+    table = C.movement_table([C.movement("direct", "", direct, direct), record])
+    assert list(table.columns) == ["arm", "knob", "precision", "Δ precision", "recall", "Δ recall", "movement"]
+    assert list(table.movement) == ["", words]
+
+
+@pytest.mark.parametrize(("verdicts", "word"), [
+    (["held", "held"], "holds"), (["held", "cannot tell"], "cannot tell"), (["cannot tell"], "cannot tell"), (["held", "did not hold"], "fails"), (["cannot tell", "did not hold"], "fails"),
+])
+def test_outcome(verdicts, word):
+    assert C.outcome(v for v in verdicts) == word
+
+
+def test_sampled_students_move_as_their_paired_differences():
+    "Against `kdnb.core.combine` and `difference`, which know seeds as Estimates."
+    rng = make_rng(27)
+    rulers = [[Ruler(*(estimate(torch.randn(50, generator=rng)) for _ in Ruler._fields)) for _ in range(3)] for _ in range(2)]
+    record = C.movement("a", "", *(C.place_of(some) for some in rulers))
+    for part in ("precision", "recall"):
+        ours, direct = ([getattr(r, part) for r in some] for some in rulers)
+        np.testing.assert_allclose(record[part], combine(ours), rtol=1e-12)
+        np.testing.assert_allclose(record[f"d_{part}"], difference(ours, direct), rtol=1e-12)
+
+
+def test_findings_are_read_as_they_were_written(tmp_path):
+    direct, far = ruler([-1.0, -1.1], [-2.0, -2.1]), ruler([-0.5, -0.6], [-2.0, -2.2])
+    movements = [C.movement("direct", "", direct, direct), C.movement("method", 0.5, far, direct)]
+    claims = C.judge({"more precise": movements[1]["d_precision"]})
+    verdict = C.Verdict("method", "knob", "needs", "exact", C.outcome(c["verdict"] for c in claims), "sentence")
+    C.write_findings(Run({"n": 2}, tmp_path, "test"), 2, {"own": movements[1]["recall"]}, movements, movements[:1], claims, {"gain": movements[1]["d_precision"]}, verdict)
+    found = read_metrics(tmp_path)
+    assert found["estimates"] == {"movement": movements, "common": movements[:1], "own": movements[1]["recall"]}
+    assert isinstance(found["estimates"]["movement"][1]["d_recall"], Estimate)
+    assert found["claims"] == [{"claim": "more precise", "verdict": "held", "evidence": movements[1]["d_precision"]}]
+    assert (found["verdict"], found["seeds"]) == (verdict._asdict(), [0, 1])
+    assert found["headline"][0]["label"] == "gain"
 
 
 def test_common_world_is_that_of_the_experiment():
@@ -133,3 +199,18 @@ def test_common_world_is_that_of_the_experiment():
         np.testing.assert_allclose(student.means[:, 0], points.mean(1), atol=1e-12)
         np.testing.assert_allclose(student.covs[:, 0], points.var(1, correction=0), rtol=1e-9)
     assert (exact_measure(world.direct, world.truth, 1e-6).precision < -6).all()
+
+
+def test_common_movements_against_a_sum_over_a_grid():
+    "A student of one wide Gaussian: both numbers by brute force, and the direct student first."
+    world = C.common_world(2, seed=5)
+    wide = Mixture([[1.0]] * 2, [[[0.1, 0.0]], [[0.0, -0.2]]], [[[1.0, 0.8]]] * 2)
+    axis = np.linspace(-7, 7, 561)
+    mesh = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    p, q = (m.log_prob(mesh) for m in (world.truth, wide))
+    cell = (axis[1] - axis[0]) ** 2
+    start, moved = C.common_movements({("wide", 1): wide}, world)
+    np.testing.assert_allclose(moved["precision"].mean, (np.exp(q) * p).sum(-1).mean() * cell, atol=1e-4)
+    np.testing.assert_allclose(moved["recall"].mean, (np.exp(p) * q).sum(-1).mean() * cell, atol=1e-4)
+    assert (start["arm"], start["knob"], start["d_recall"].mean) == ("direct", "", 0)
+    assert C.common_movements({}, world, wide)[0]["precision"] == moved["precision"]
