@@ -7,7 +7,6 @@ __all__ = ['CHECKS', 'notebooks', 'rewritten', 'stale_readme', 'lint', 'shows', 
            'private_paths', 'problems', 'main']
 
 # %% ../nbs/46_check.ipynb #a6316642
-import argparse
 import ast
 import asyncio
 import json
@@ -22,8 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import unquote
 
+from .cli import Parser, parser, run_command
 from .report import terminal_text
 from .site import outside_code, project_root, readme_parts, site_problems
+from .store import read_json
 
 # %% ../nbs/46_check.ipynb #6923fce9
 def notebooks(
@@ -115,7 +116,7 @@ def missing_outputs(
     for path in notebooks(root):
         name = path.relative_to(root).as_posix()
         if not name.startswith("nbs/experiments/"):
-            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            cells = read_json(path)["cells"]
             bare = [i for i, c in enumerate(cells) if c["cell_type"] == "code" and not c["outputs"] and shows("".join(c["source"]))]
             problems += [f"{name}: cells without their output: {', '.join(map(str, bare))}; run the notebook"] * bool(bare)
     return problems
@@ -146,7 +147,7 @@ def stale_outputs(
 
     problems = []
     for path in [root / "nbs" / "index.ipynb"] if paths is None else paths:
-        stored = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        stored = read_json(path)["cells"]
         if not any(c["cell_type"] == "code" for c in stored):
             continue
         fresh = nbformat.read(path, as_version=4)
@@ -162,18 +163,21 @@ def stale_outputs(
     return problems
 
 # %% ../nbs/46_check.ipynb #3b4708b8
-def _markdown(path: Path) -> str:
-    "The Markdown of a file, without code."
-    if path.suffix != ".ipynb":
-        return outside_code(path.read_text(encoding="utf-8"))
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return "\n\n".join(outside_code("".join(c["source"])) for c in cells if c["cell_type"] == "markdown")
+def _markdown(path: Path) -> list[str]:
+    "The Markdown of a file, cell by cell."
+    if path.suffix == ".md":
+        return [path.read_text(encoding="utf-8")]
+    return ["".join(c["source"]) for c in read_json(path)["cells"] if c["cell_type"] == "markdown"]
+
+
+def _links(path: Path) -> list[str]:
+    "The links of a file, without those in code."
+    return list(dict.fromkeys(link for text in _markdown(path) for link in re.findall(r"\]\(\s*([^)\s]+)", outside_code(text))))
 
 
 def _headings(path: Path) -> set[str]:
     "Names of a file's headings."
-    text = path.read_text(encoding="utf-8") if path.suffix == ".md" else "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
-    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in re.findall(r"(?m)^#+ +(.+?) *$", text)}
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for text in _markdown(path) for h in re.findall(r"(?m)^#+ +(.+?) *$", text)}
 
 
 def dead_links(
@@ -182,7 +186,7 @@ def dead_links(
     "Relative links that lead nowhere: in Markdown at the root, in notebooks, in the built site."
     problems = []
     for path in [*sorted(root.glob("*.md")), *notebooks(root)]:
-        for link in dict.fromkeys(re.findall(r"\]\(\s*([^)\s]+)", _markdown(path))):
+        for link in _links(path):
             if re.match(r"[a-z][a-z0-9+.-]*:|/", link):
                 continue
             target, _, part = unquote(link).partition("#")
@@ -261,16 +265,17 @@ def problems(
     return found
 
 
+def _parser() -> Parser:
+    "The command line of kdnb_check."
+    notes = "Nothing is changed. Each problem is one line, on standard error."
+    made = parser("kdnb_check", "Check that notebooks, library, README, links and outputs agree.", "kdnb_check --run", notes, {0: "all is well", 1: "there are problems"})
+    made.add_argument("root", nargs="?", default=".", metavar="FOLDER", help="of the project, or one inside it (default: the current folder)")
+    made.add_argument("--run", action="store_true", help="run every notebook again and compare its outputs (minutes; default: only index.ipynb)")
+    return made
+
+
 def main(
-    arguments: list[str] | None = None,  # omitted: the command line
-) -> int:                                # 0: nothing found, 1: problems
-    "Check that notebooks, library, README, links and outputs agree."
-    parser = argparse.ArgumentParser(prog="kdnb_check", description=main.__doc__, epilog="exit status: 0 if all is well, 1 if there are problems, 2 for wrong usage. example: kdnb_check --quiet")
-    parser.add_argument("root", nargs="?", help="folder of settings.ini (default: the one around the current folder)")
-    parser.add_argument("--quiet", action="store_true", help="print only problems")
-    parser.add_argument("--run", action="store_true", help="run every notebook again and compare its outputs (minutes; default: only index.ipynb)")
-    options = parser.parse_args(arguments)
-    found = problems(options.root or project_root(), options.quiet, options.run)
-    for line in found:
-        print(line, file=sys.stderr)
-    return 1 if found else 0
+    argv: list[str] | None = None,  # omitted: the command line
+) -> int:                           # exit status
+    "kdnb_check: say everything that is out of step."
+    return run_command(_parser(), lambda args: problems(project_root(args.root), args.quiet, args.run), argv)

@@ -174,7 +174,7 @@ def end_tree(pid: int) -> None:
 def _server() -> Any:
     "Where workers are forked from: a process that has imported what takes seconds to import."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["papermill", "nbconvert.exporters.html", "bleach", "kdnb.grid", "kdnb.report"])
+    context.set_forkserver_preload(["papermill", "nbconvert.exporters.html", "bleach", "kdnb.core", "kdnb.grid", "kdnb.report"])
     return context
 
 

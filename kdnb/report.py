@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VEGALITE_MIME', 'ASSETS', 'TAGS', 'STYLES', 'number', 'visible', 'uncontrolled', 'terminal_text', 'clean_html',
-           'State', 'read_state', 'duration', 'vega_bundle', 'chart_html', 'verdicts', 'render', 'index']
+           'State', 'read_state', 'duration', 'asset', 'vega_bundle', 'content_policy', 'chart_html', 'verdicts',
+           'render', 'natural', 'index']
 
 # %% ../nbs/43_report.ipynb #a6316642
 import base64
@@ -24,7 +25,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .core import Estimate
 from .store import _revive, artifact, read_json, write_text
 
 # %% ../nbs/43_report.ipynb #6923fce9
@@ -32,11 +32,17 @@ VEGALITE_MIME = "application/vnd.vegalite.v5+json"  # what JupyterLab 4.6 draws 
 ASSETS = Path(str(resources.files("kdnb"))) / "assets"
 
 
+def _is_estimate(value: Any) -> bool:
+    from kdnb.core import Estimate  # brings torch: a command's help must not wait for it
+
+    return isinstance(value, Estimate)
+
+
 def number(
     value: Any,  # an Estimate, a number, or anything with a text
 ) -> str:        # mean ± half of the interval, or the value
     "A value as it is printed in tables and headlines."
-    if isinstance(value, Estimate):
+    if _is_estimate(value):
         half = float(value.hi - value.lo) / 2
         if not math.isfinite(half):
             return f"{number(float(value.mean))} ± ∞"
@@ -182,7 +188,10 @@ def duration(
 
 # %% ../nbs/43_report.ipynb #3b4708b8
 @cache
-def _asset(name: str) -> str:
+def asset(
+    name: str,  # of a file below kdnb/assets
+) -> str:
+    "The text of a style sheet or script of this package."
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
@@ -200,8 +209,8 @@ def _font_css() -> str:
 @cache
 def _katex() -> tuple[str, str]:
     "KaTeX's style sheet with its fonts inlined, and its script."
-    css = re.sub(r"src:url\((fonts/[\w-]+\.woff2)\)[^;}]*", lambda m: f'src:url({_data_url(ASSETS / "katex" / m[1], "font/woff2")}) format("woff2")', _asset("katex/katex.min.css"))
-    return css, _asset("katex/katex.min.js") + ";\n" + _asset("katex/auto-render.min.js")
+    css = re.sub(r"src:url\((fonts/[\w-]+\.woff2)\)[^;}]*", lambda m: f'src:url({_data_url(ASSETS / "katex" / m[1], "font/woff2")}) format("woff2")', asset("katex/katex.min.css"))
+    return css, asset("katex/katex.min.js") + ";\n" + asset("katex/auto-render.min.js")
 
 
 @cache
@@ -219,12 +228,19 @@ def vega_bundle() -> str:
     return (made.path / "vega.js").read_text(encoding="utf-8")
 
 
+def content_policy(
+    scripts: Iterable[str],  # that the page holds
+    files: bool = False,     # the page may load what lies beside it
+) -> str:
+    "What a page may run and load: its own scripts and pictures, nothing from elsewhere."
+    own = "'self' " if files else ""
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    return f"default-src 'none'; img-src {own}data:; font-src {own or 'data:'}; style-src {own}'unsafe-inline'; script-src {own}{hashes}; base-uri 'none'; form-action 'none'"
+
+
 def _page(title: str, scripts: Sequence[str], styles: Sequence[str]) -> tuple[str, str]:
     "The inside of <head>, and the scripts for the end of <body>."
-    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
-    allowed = " ".join(f"'sha256-{h}'" for h in hashes) or "'none'"
-    policy = f"default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'; script-src {allowed}; base-uri 'none'; form-action 'none'"
-    head = _jinja().get_template("head.html.j2").render(title=title, policy=policy, styles=[_font_css(), *styles, _asset("report.css")])
+    head = _jinja().get_template("head.html.j2").render(title=title, policy=content_policy(scripts), styles=[_font_css(), *styles, asset("report.css")])
     return head, "\n".join(f"<script>{s}</script>" for s in scripts)
 
 
@@ -340,9 +356,10 @@ def render(
     kept = [c for c in ready.cells if c.cell_type == "markdown"]
     has_maths = any("$" in c.source or "\\begin{" in c.source for c in kept) or "text/latex" in json.dumps(ready)
     has_charts = any("text/x-kdnb-chart" in o.get("data", {}) for c in ready.cells for o in c.get("outputs", []))
-    scripts = ([_katex()[1]] if has_maths else []) + ([vega_bundle()] if has_charts else []) + [_asset("report.js")]
+    scripts = ([_katex()[1]] if has_maths else []) + ([vega_bundle(), asset("charts.js")] if has_charts else []) + [asset("report.js")]
+    styles = ([_katex()[0]] if has_maths else []) + ([asset("charts.css")] if has_charts else [])
     heading = visible(state.title or title or notebook.stem)
-    head, script_tags = _page(": ".join(filter(None, [visible(title or heading), _answer(state)])), scripts, [_katex()[0]] if has_maths else [])
+    head, script_tags = _page(": ".join(filter(None, [visible(title or heading), _answer(state)])), scripts, styles)
     papermill = made.metadata.get("papermill", {})
     place = notebook.resolve().parent
     if place.name == "summary":
@@ -363,8 +380,10 @@ def render(
     return html
 
 # %% ../nbs/43_report.ipynb #7730a47b
-def _natural(text: str) -> list:
-    "Sort key with numbers in numerical order."
+def natural(
+    text: str,  # a name
+) -> list:
+    "Sort key: numbers by size, other names after them."
     return [(0, float(p), "") if re.fullmatch(r"[\d.]+", p) and p.count(".") < 2 and p != "." else (1, 0.0, p) for p in re.split(r"(\d+(?:\.\d+)?)", text) if p]
 
 
@@ -376,7 +395,7 @@ def _axes(cell: str) -> dict[str, str]:
 
 def _cell(value: Any, **more: Any) -> dict:
     "One table cell: what is shown and what it is sorted by."
-    plain = value.mean if isinstance(value, Estimate) else value
+    plain = value.mean if _is_estimate(value) else value
     numeric = isinstance(plain, (int, float)) and not isinstance(plain, bool)
     return {"text": "" if value is None else visible(number(value)), "sort": "" if plain is None else visible(str(plain)), "numeric": numeric, "status": False, "href": "", "note": "", **more}
 
@@ -390,7 +409,7 @@ def _as_number(text: str) -> Any:
 
 def _run_table(run: Path, root: Path) -> dict:
     "One run as the template wants it."
-    folders = sorted((d for d in run.iterdir() if d.is_dir() and d.name[0] != "."), key=lambda d: (d.name != "summary", _natural(d.name)))
+    folders = sorted((d for d in run.iterdir() if d.is_dir() and d.name[0] != "."), key=lambda d: (d.name != "summary", natural(d.name)))
     states = {d: read_state(d) for d in folders}
     axes = list(dict.fromkeys(a for d in folders for a in _axes(d.name)))
     labels = list(dict.fromkeys(label for d, s in states.items() for label, _ in s.headline if d.name != "summary"))
@@ -416,7 +435,7 @@ def _run_table(run: Path, root: Path) -> dict:
 def _compared(cell: str, run: str, link: str, state: State) -> dict:
     "What the page needs to set one report beside another."
     def values(pairs):
-        plain = ((visible(str(k)), visible(number(v)), v.mean if isinstance(v, Estimate) else v) for k, v in pairs)
+        plain = ((visible(str(k)), visible(number(v)), v.mean if _is_estimate(v) else v) for k, v in pairs)
         return [[k, text, float(f"{v:.6g}") if isinstance(v, (int, float)) and math.isfinite(v) else None] for k, text, v in plain]
 
     told = [("status", state.status), ("claims", verdicts(state.claims)), ("wall time", duration(state.wall_s)), ("commit", state.run.get("commit", "")[:9])]
@@ -432,7 +451,7 @@ def _quote(path: str) -> str:
 
 def _runs(root: Path) -> Iterable[Path]:
     "Folders of runs: those that hold folders with a notebook or metrics."
-    for run in sorted(root.iterdir() if root.is_dir() else [], key=lambda d: _natural(d.name)):
+    for run in sorted(root.iterdir() if root.is_dir() else [], key=lambda d: natural(d.name)):
         if run.is_dir() and run.name != "published" and any(d.is_dir() for d in run.iterdir()):
             yield run
 
@@ -445,7 +464,7 @@ def index(
     runs = [_run_table(run, root) for run in _runs(root)]
     statuses = [row["state"].status for run in runs for row in run["rows"]]
     counts = [(s, statuses.count(s)) for s in ("ok", "failed", "missing") if s in statuses]
-    head, scripts = _page("Reports", [_asset("reports.js")], [])
+    head, scripts = _page("Reports", [asset("reports.js")], [])
     compared = _block({row["name"]: row["compared"] for run in runs for row in run["rows"]})
     page = _jinja().get_template("reports.html.j2").render(head=head, scripts=scripts, runs=runs, counts=counts, total=len(statuses), compared=compared)
     write_text(root / "index.html", page)

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['project_root', 'settings', 'relinked', 'outside_code', 'from_root', 'readme_parts', 'make_readme', 'site_pages',
            'site_link', 'StoryCells', 'processed', 'Media', 'shown', 'page_notebook', 'Entry', 'module_entries',
-           'reference_pages', 'experiments_page', 'site_config', 'finished', 'SiteError', 'site_problems', 'build_site',
-           'main']
+           'reference_pages', 'experiments_page', 'site_config', 'dark_colours', 'finished', 'SiteError',
+           'site_problems', 'build_site', 'main']
 
 # %% ../nbs/45_site.ipynb #a6316642
 import argparse
 import ast
 import configparser
 import contextlib
-import copy
 import hashlib
 import html
 import importlib.util
@@ -23,10 +22,8 @@ import os
 import posixpath
 import re
 import shutil
-import sys
 import tempfile
-import traceback
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from html.parser import HTMLParser
@@ -34,7 +31,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from . import charts, report
+from . import report
+from .cli import Parser, parser, run_command
 from .store import read_json, write_text
 
 # %% ../nbs/45_site.ipynb #6923fce9
@@ -46,7 +44,7 @@ def project_root(
     for folder in (start, *start.parents):
         if (folder / "settings.ini").is_file():
             return folder
-    raise FileNotFoundError(f"start must be inside the project, got {start}; there is no settings.ini in it or above it")
+    raise ValueError(f"start must be inside the project, got {start}; there is no settings.ini in it or above it")
 
 
 @cache
@@ -54,9 +52,9 @@ def settings(
     root: Path,         # of the project
 ) -> dict[str, str]:    # keys of settings.ini
     "The project's settings."
-    parser = configparser.ConfigParser(delimiters=["="])
-    parser.read(root / "settings.ini", encoding="utf-8")
-    return dict(parser["DEFAULT"])
+    found = configparser.ConfigParser(delimiters=["="])
+    found.read(root / "settings.ini", encoding="utf-8")
+    return dict(found["DEFAULT"])
 
 # %% ../nbs/45_site.ipynb #7a25046c
 _CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.M | re.S)
@@ -112,7 +110,7 @@ def readme_parts(
     from nbconvert import MarkdownExporter
     from traitlets.config import Config
 
-    notebook = copy.deepcopy(nbformat.read(Path(root) / "nbs" / "index.ipynb", as_version=4))
+    notebook = nbformat.read(Path(root) / "nbs" / "index.ipynb", as_version=4)
     images: dict[str, bytes] = {}
     notebook.cells = [c for c in notebook.cells if not re.search(r"(?m)^#\| *hide *$", c.source)]
     for cell in notebook.cells:
@@ -152,14 +150,9 @@ def site_pages(
     "Every file of the project that becomes a page, in reading order."
     books = sorted(root.glob("nbs/*.ipynb")) + sorted(root.glob("nbs/neighbours/*.ipynb"))
     pages = {p.relative_to(root).as_posix(): re.sub(r"(^|/)\d+[a-zA-Z0-9]*_", r"\1", p.relative_to(root / "nbs").with_suffix(".html").as_posix().lower()) for p in books}
-    for p in sorted(root.glob("reports/published/*/*/notebook.ipynb"), key=lambda p: (p.parent.parent, p.parent.name != "summary", _natural(p.parent.name))):
+    for p in sorted(root.glob("reports/published/*/*/notebook.ipynb"), key=lambda p: (p.parent.parent, p.parent.name != "summary", report.natural(p.parent.name))):
         pages[p.relative_to(root).as_posix()] = f"experiments/{p.parent.parent.name}/{p.parent.name}.html"
     return pages | {n: n.lower().replace(".md", ".html") for n in ("LOG.md", "CONTRIBUTING.md") if (root / n).exists()}
-
-
-def _natural(name: str) -> list[tuple[float, str]]:
-    "Sort key: numbers by size, names after them."
-    return [(float(p), "") if re.fullmatch(r"\d+(\.\d+)?", p) else (float("inf"), p) for p in re.split(r"(\d+(?:\.\d+)?)", name)]
 
 # %% ../nbs/45_site.ipynb #3b4708b8
 def site_link(
@@ -258,17 +251,16 @@ def _file(media: Media, data: bytes, suffix: str) -> str:
     return name
 
 
-def _image(data: bytes, suffix: str, alt: str, media: Media, up: str, shape: str = "") -> str:
+def _image(data: bytes, suffix: str, alt: str, media: Media, up: str) -> str:
     "An image as HTML."
-    return f'<img src="{up}{_file(media, data, suffix)}" alt="{html.escape(alt)}"{shape} loading="lazy">'
+    return f'<img src="{up}{_file(media, data, suffix)}" alt="{html.escape(alt)}" loading="lazy">'
 
 
-def _figure(output: Mapping, media: Media, up: str) -> str:
+def _figure(data: Mapping, metadata: Mapping, media: Media) -> str:
     "A place for a chart; the chart itself goes to `media`."
-    data = {k: "".join(v) if isinstance(v, list) else v for k, v in output["data"].items()}
-    made = report.chart_html(data, output.get("metadata", {}), set(media.figures))
+    made = report.chart_html(data, metadata, set(media.figures))
     name = re.search(r'id="([^"]+)"', made)[1]
-    media.figures[name] = re.sub(r'src="data:image/png;base64,([^"]*)"', lambda m: f'src="{up}{_file(media, b64decode(m[1]), "png")}" loading="lazy"', made)
+    media.figures[name] = made
     return f'<figure data-chart="{name}"></figure>'
 
 
@@ -280,7 +272,7 @@ def _cleaned(markup: str) -> str:
 
 def _plain(data: Mapping) -> str:
     "An output's own text on one line."
-    text = " ".join("".join(data.get("text/plain", "")).split())
+    text = " ".join(data.get("text/plain", "").split())
     return text if text and not text.endswith("(...)") else "Chart"
 
 
@@ -296,22 +288,21 @@ def shown(
     if kind == "error":
         trace = report.terminal_text("\n".join(output.get("traceback", [])), colour=False)
         return dict(output, traceback=[trace])
-    data = output.get("data", {})
-    text = {k: "".join(v) if isinstance(v, list) else v for k, v in data.items()}
+    data = {k: "".join(v) if isinstance(v, list) else v for k, v in output.get("data", {}).items()}
     if report.VEGALITE_MIME in data:
-        made = _figure(output, media, up)
+        made = _figure(data, output.get("metadata", {}), media)
     elif "text/html" in data:
-        made = _cleaned(text["text/html"])
+        made = _cleaned(data["text/html"])
     elif "text/markdown" in data:
         from nbconvert.filters import markdown2html
 
-        made = _cleaned(markdown2html(text["text/markdown"]))
+        made = _cleaned(markdown2html(data["text/markdown"]))
     elif "image/svg+xml" in data:
-        made = _image(text["image/svg+xml"].encode(), "svg", _plain(data), media, up)
+        made = _image(data["image/svg+xml"].encode(), "svg", _plain(data), media, up)
     elif "image/png" in data:
-        made = _image(b64decode(text["image/png"]), "png", _plain(data), media, up)
+        made = _image(b64decode(data["image/png"]), "png", _plain(data), media, up)
     elif "text/plain" in data:
-        return {"output_type": "display_data", "metadata": {}, "data": {"text/plain": report.uncontrolled(text["text/plain"])}}
+        return {"output_type": "display_data", "metadata": {}, "data": {"text/plain": report.uncontrolled(data["text/plain"])}}
     else:
         return None
     return {"output_type": "display_data", "metadata": {}, "data": {"text/html": made}}
@@ -512,18 +503,12 @@ def site_config(
     return config
 
 # %% ../nbs/45_site.ipynb #b57a615d
-_DARK = {  # the charts' colours on the dark ground
-    charts.INK: "#e6eaf0", charts.MUTED: "#a9b4c2", charts.GRID: "#333c49", "white": "#151a21", "#aab2bd": "#5c6878",
-    charts.ROLES["direct"]: "#3fbfae", charts.ROLES["teacher"]: "#82aaf5", charts.ROLES["student"]: "#ff8f66",
-    "#7a2f8f": "#d39be6", "#8a5a00": "#d9a441", "#a3195b": "#f08ab8",
-}
+def dark_colours() -> dict[str, str]:
+    "The charts' colours on the dark ground."
+    from kdnb import charts  # brings Altair: a command's help must not wait for it
 
-
-def _scheme_script() -> str:
-    "smalldocs' one inline script: it chooses light or dark before the page is painted."
-    from smalldocs.layout import SCHEME_SCRIPT
-
-    return SCHEME_SCRIPT
+    others = zip(charts.OTHERS, ("#82aaf5", "#ff8f66", "#3fbfae", "#d39be6", "#d9a441", "#f08ab8"), strict=True)
+    return {charts.INK: "#e6eaf0", charts.MUTED: "#a9b4c2", charts.GRID: "#333c49", "white": "#151a21", "#aab2bd": "#5c6878", "#c3c9d2": "#48525f", **dict(others)}
 
 
 def finished(
@@ -532,38 +517,42 @@ def finished(
     figures: Mapping[str, str],  # charts by id
 ) -> str:
     "A page that loads nothing from elsewhere, with its charts."
-    from smalldocs.layout import KATEX
+    from smalldocs.layout import KATEX, SCHEME_SCRIPT  # the one script in a page: it chooses light or dark before the page is painted
 
     page = re.sub(rf'<script[^>]*src="{re.escape(KATEX)}/contrib/auto-render\.min\.js"[^>]*></script>', "", page)
     page = page.replace(KATEX, f"{up}site_libs/katex").replace(' onclick="window.smalldocsToggleScheme(); return false;"', ' role="button" aria-label="Dark or light"')
     used = re.findall(r'<figure data-chart="([^"]+)"></figure>', page)
     for name in used:
         page = page.replace(f'<figure data-chart="{name}"></figure>', figures[name])
-    digest = b64encode(hashlib.sha256(_scheme_script().encode()).digest()).decode()
-    policy = f"default-src 'none'; script-src 'self' 'sha256-{digest}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
-    head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    scripts = "".join(f'<script src="{up}site_libs/{s}" defer></script>' for s in [*(["vega.js"] if used else []), "site.js"])
+    head = f'<meta http-equiv="Content-Security-Policy" content="{report.content_policy([SCHEME_SCRIPT], files=True)}">'
+    scripts = "".join(f'<script src="{up}site_libs/{s}" defer></script>' for s in [*(["vega.js", "charts.js"] if used else []), "site.js"])
     return page.replace("<head>", f"<head>{head}", 1).replace("</head>", f"{scripts}</head>", 1)
+
+
+def _put(path: Path, text: str) -> None:
+    "Write a file of the site that is being made, and the folders above it."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _libraries(out: Path) -> None:
     "KaTeX, Vega, fonts and the site's own script, beside smalldocs' files."
     libs = out / "site_libs"
     shutil.copytree(report.ASSETS / "katex", libs / "katex", ignore=shutil.ignore_patterns("auto-render*"))
-    css = (libs / "katex" / "katex.min.css").read_text(encoding="utf-8")
-    write_text(libs / "katex" / "katex.min.css", re.sub(r'(src:url\(fonts/[\w-]+\.woff2\) format\("woff2"\))[^;}]*', r"\1", css))
+    css = report.asset("katex/katex.min.css")
+    _put(libs / "katex" / "katex.min.css", re.sub(r'(src:url\(fonts/[\w-]+\.woff2\) format\("woff2"\))[^;}]*', r"\1", css))
     shutil.copytree(report.ASSETS / "fonts", libs / "fonts", ignore=shutil.ignore_patterns("*.ttf"))
-    write_text(libs / "vega.js", report.vega_bundle())
-    script = (report.ASSETS / "site.js").read_text(encoding="utf-8")
-    write_text(libs / "site.js", f"const DARK = {json.dumps(_DARK)};\n{script}")
+    _put(libs / "vega.js", report.vega_bundle())
+    _put(libs / "charts.js", report.asset("charts.js"))
+    _put(libs / "site.js", f"const DARK = {json.dumps(dark_colours())};\n{report.asset('site.js')}")
     found = (out / "search.json").read_text(encoding="utf-8")
-    write_text(libs / "search.js", f"window.searchIndex = {found};\n")
+    _put(libs / "search.js", f"window.searchIndex = {found};\n")
     (out / "search.json").unlink()
     smalldocs = (libs / "smalldocs.js").read_text(encoding="utf-8")
     asked = 'const r = await fetch(offset + "search.json");\n      index = await r.json();'
     if asked not in smalldocs:
         raise SiteError("smalldocs.js must load its search index as version 0.5.4 does, got another way; install smalldocs==0.5.4")
-    write_text(libs / "smalldocs.js", smalldocs.replace(asked, "index = await window.loadSearch(offset);"))
+    _put(libs / "smalldocs.js", smalldocs.replace(asked, "index = await window.loadSearch(offset);"))
 
 
 class SiteError(Exception):
@@ -624,12 +613,6 @@ def site_problems(
     return problems
 
 # %% ../nbs/45_site.ipynb #814b9af0
-def _put(path: Path, text: str) -> None:
-    "Write a file and the folders above it."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-
-
 def _stage(root: Path, stage: Path, pages: Mapping[str, str]) -> Media:
     "Write what smalldocs builds from."
     import yaml
@@ -638,8 +621,7 @@ def _stage(root: Path, stage: Path, pages: Mapping[str, str]) -> Media:
     for source, page in pages.items():
         target = stage / (page.removesuffix(".html") + Path(source).suffix)
         if source.endswith(".md"):
-            text = _markdown((root / source).read_text(encoding="utf-8"), source, root, pages)
-            _put(target, text)
+            _put(target, _markdown((root / source).read_text(encoding="utf-8"), source, root, pages))
             continue
         run = source.startswith("reports/")
         notebook = read_json(root / source) if run else processed(root / source)
@@ -660,10 +642,10 @@ def _themes(stage: Path) -> None:
 
     css = (ASSETS / "vendor" / "bootstrap" / "bootstrap.min.css").read_text(encoding="utf-8")
     css = re.sub(r"/\*# sourceMappingURL=.*?\*/", "", css)
-    write_text(stage / "light.css", css)
-    write_text(stage / "dark.css", css.replace("[data-bs-theme=dark]", ":root"))
-    for name in ("site.css", "favicon.svg"):
-        shutil.copyfile(report.ASSETS / name, stage / name)
+    _put(stage / "light.css", css)
+    _put(stage / "dark.css", css.replace("[data-bs-theme=dark]", ":root"))
+    _put(stage / "site.css", report.asset("site.css") + report.asset("charts.css"))
+    _put(stage / "favicon.svg", report.asset("favicon.svg"))
 
 
 def build_site(
@@ -678,7 +660,7 @@ def build_site(
     root = project_root() if root is None else Path(root).resolve()
     out = root / "_site" if out is None else Path(out).resolve()
     if out.exists() and not (out.is_dir() and ((out / "site_libs").is_dir() or not any(out.iterdir()))):
-        raise SiteError(f"out must be an empty folder or a site built before, got {out}")
+        raise ValueError(f"out must be an empty folder or a site built before, got {out}")
     pages = site_pages(root)
     with tempfile.TemporaryDirectory() as made, contextlib.chdir(root):
         stage = Path(made)
@@ -690,7 +672,7 @@ def build_site(
         written = sorted(fresh.rglob("*.html"))
         for page in written:
             up = "../" * (len(page.relative_to(fresh).parts) - 1)
-            write_text(page, finished(page.read_text(encoding="utf-8"), up, media.figures))
+            _put(page, finished(page.read_text(encoding="utf-8"), up, media.figures))
         for name, data in media.files.items():
             (fresh / name).parent.mkdir(exist_ok=True)
             (fresh / name).write_bytes(data)
@@ -704,28 +686,31 @@ def build_site(
     return out, len(written)
 
 # %% ../nbs/45_site.ipynb #b50b9b6e
+def _parser() -> Parser:
+    "The command line of kdnb_site."
+    notes = """kdnb_site build writes the documentation site; open index.html in its folder.
+kdnb_site readme writes README.md from nbs/index.ipynb. Both work from anywhere
+in the project."""
+    made = parser("kdnb_site", "Make README.md or the documentation site.", "kdnb_site build --out /srv/kdnb", notes, {0: "made", 1: "it could not be made; one line says why"})
+    made.add_argument("what", choices=["readme", "build"], help="what to make")
+    made.add_argument("--out", metavar="FOLDER", help="where the site goes (default: _site at the root of the project)")
+    return made
+
+
+def _make(args: argparse.Namespace) -> list[str]:  # nothing: what fails raises
+    "Make what is asked for, and say where it is."
+    if args.what == "readme":
+        made = make_readme().name
+    else:
+        out, count = build_site(out=args.out)
+        made = f"{os.path.relpath(out / 'index.html')}: {count} pages"
+    if not args.quiet:
+        print(made)
+    return []
+
+
 def main(
-    arguments: list[str] | None = None,  # omitted: the command line
-) -> int:                                # exit status
-    "Make README.md or the documentation site."
-    parser = argparse.ArgumentParser(
-        prog="kdnb_site", description=main.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit status: 0 done, 1 it could not be done (one line on standard error says why), 2 wrong usage.\n\n"
-               "examples:\n  kdnb_site readme             README.md from nbs/index.ipynb\n  kdnb_site build              the site, to _site/; open _site/index.html\n  kdnb_site build --out /srv/kdnb",
-    )
-    parser.add_argument("what", choices=["readme", "build"], help="readme: README.md from nbs/index.ipynb; build: the documentation site")
-    parser.add_argument("--out", metavar="FOLDER", help="where the site goes (default: _site at the root of the project)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(arguments)
-    try:
-        if options.what == "readme":
-            print(make_readme().name)
-        else:
-            out, count = build_site(out=options.out)
-            print(f"{os.path.relpath(out / 'index.html')}: {count} pages")
-    except Exception as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"kdnb_site: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    argv: list[str] | None = None,  # omitted: the command line
+) -> int:                           # exit status
+    "kdnb_site: make README.md or the documentation site."
+    return run_command(_parser(), _make, argv)

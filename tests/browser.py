@@ -2,6 +2,10 @@
 
 import json
 import shutil
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 
@@ -28,16 +32,45 @@ def driver(tmp_path_factory):
     browser.quit()
 
 
-def open_page(driver, address, base="file:"):
-    "Load a page and wait until its charts are drawn; its console errors and its requests to other places than `base` (the browser's own new tab aside)."
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def served_folder(folder):
+    "Address of a folder on a server of this machine."
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def telephone(driver):
+    "The window of a telephone."
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True})
+    try:
+        yield
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def wait(driver, script, *arguments):
+    "What a script returns once it is true of anything."
     from selenium.webdriver.support.ui import WebDriverWait
 
+    return WebDriverWait(driver, 20, poll_frequency=0.05).until(lambda d: d.execute_script(script, *arguments))
+
+
+def open_page(driver, address, base="file:"):
+    "Load a page and wait until its charts are drawn; its console errors and its requests to other places than `base` (the browser's own new tab aside)."
     driver.get("about:blank")  # what the page before says while it is left is not this page's
     driver.get_log("browser"), driver.get_log("performance")
     driver.get(address)
-    WebDriverWait(driver, 20).until(lambda d: d.execute_script("return document.readyState") == "complete")
-    if driver.execute_script("return document.querySelector('figure.chart') !== null"):
-        WebDriverWait(driver, 20).until(lambda d: d.execute_script("return document.documentElement.dataset.ready === 'yes'"))
+    wait(driver, "return document.readyState === 'complete' && (document.querySelector('figure.chart') === null || document.documentElement.dataset.ready === 'yes')")
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]

@@ -25,18 +25,26 @@ VISION = {  # Machado, Oliveira and Fernandes (2009), table 1, severity 1.0
 }
 
 
-@pytest.fixture
-def frame():
+def made_frame():
     return pd.DataFrame(
         [(b, s, m, m - 0.2, m + 0.2) for s, top in (("distilled student", 4.0), ("direct student", 0.0)) for b, m in zip((1, 10, 100), (-7, -7 + top / 2, -7 + top), strict=True)],
         columns=["beta", "series", "mean", "lo", "hi"],
     )
 
 
-@pytest.fixture
-def plane():
+def made_plane():
     made = pd.DataFrame({"series": ["truth", "student", "student"], "knob": [math.nan, 1.0, 0.5], "recall": [-2.0, -4.0, -5.0], "precision": [-2.0, -6.0, -3.0]})
     return made.assign(**{f"{p}{s}": made[p] + d for p in ("recall", "precision") for s, d in (("_lo", -0.1), ("_hi", 0.1))})
+
+
+@pytest.fixture
+def frame():
+    return made_frame()
+
+
+@pytest.fixture
+def plane():
+    return made_plane()
 
 
 def choices(plane):
@@ -51,8 +59,10 @@ def learning(frame):
     return pd.DataFrame([{"student": s, "series": "student", "x": x, "y": float(x + len(s))} for s in frame["student"] for x in range(5)])
 
 
-@pytest.fixture
-def every(frame, plane):
+@pytest.fixture(scope="module")
+def every():
+    "One chart of each kind, made once: no test changes them."
+    frame, plane = made_frame(), made_plane()
     xs = np.linspace(-1, 1, 21)
     bump = np.exp(-4 * (xs**2 + xs[:, None] ** 2))
     loss = pd.DataFrame({"step": np.arange(700), "series": "teacher", "loss": np.linspace(5, 3, 700)})

@@ -1,4 +1,4 @@
-// Formulas, charts and the code switch of one report. Nothing here asks the network for anything.
+// Formulas, charts and the code switch of one report.
 (() => {
   if (window.renderMathInElement) {
     for (const part of document.querySelectorAll(".jp-RenderedMarkdown, .jp-RenderedLatex")) {
@@ -16,30 +16,7 @@
     }
   }
 
-  const refuse = async (address) => { throw new Error("a chart in a report loads nothing: " + address); };
-  const loader = {
-    load: refuse, http: refuse, file: refuse,
-    sanitize: async (address) => (String(address).startsWith("data:image/") ? { href: address } : refuse(address)),
-  };
-
-  async function draw(figure) {
-    const target = document.createElement("div");
-    await vegaEmbed(target, JSON.parse(figure.querySelector("script").textContent), {
-      mode: "vega-lite", renderer: "svg", ast: true, loader,
-      actions: { export: true, source: false, compiled: false, editor: false },
-    });
-    figure.querySelector(".said").replaceWith(target);
-    figure.classList.add("drawn");
-  }
-
-  const charts = document.querySelectorAll("figure.chart");
-  if (charts.length) {
-    Promise.all([document.fonts.load("400 12px Inter"), document.fonts.load("600 16px Inter")])
-      .then(() => Promise.all(Array.from(charts, (chart) => draw(chart).catch((error) => console.error("chart not drawn:", error)))))
-      .then(() => { document.documentElement.dataset.ready = "yes"; });
-  } else {
-    document.documentElement.dataset.ready = "yes";
-  }
+  if (window.drawCharts) drawCharts("light");
 
   const button = document.getElementById("all-code");
   const cells = document.querySelectorAll("details.code");
