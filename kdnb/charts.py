@@ -205,7 +205,7 @@ def _panel(frame: pd.DataFrame, seeds: pd.DataFrame | None, palette: dict, x: al
     scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     y = alt.Y("mean:Q", title=y_title, scale=scale)
     colour = alt.Color("series:N", scale=alt.Scale(domain=list(palette), range=list(palette.values())), legend=None)
-    tips = [alt.Tooltip("series:N"), alt.Tooltip(x.shorthand, title=str(x.title)), *(alt.Tooltip(f"{c}:Q", format=".4~g") for c in ("mean", "lo", "hi"))]
+    tips = [alt.Tooltip("series:N"), alt.Tooltip(x.shorthand, title=x["title"]), *(alt.Tooltip(f"{c}:Q", format=".4~g") for c in ("mean", "lo", "hi"))]
     base = alt.Chart(frame).encode(x=x, color=colour)
     apart = alt.Chart(frame[frame.groupby("series")["mean"].transform("size") <= DENSE]).encode(x=x, color=colour)
     layers = [

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKS', 'notebooks', 'rewritten', 'stale_readme', 'lint', 'shows', 'missing_outputs', 'stale_outputs', 'dead_links',
-           'private_paths', 'problems', 'main']
+           'machine_traces', 'problems', 'main']
 
 # %% ../nbs/46_check.ipynb #a6316642
 import ast
@@ -198,7 +198,7 @@ def dead_links(
     return problems + [f"_site/{p}" for p in (site_problems(root / "_site") if (root / "_site").is_dir() else [])]
 
 # %% ../nbs/46_check.ipynb #f95c9363
-_PRIVATE = re.compile(r"(?<![\w.+/=-])(?:/(?:home|Users)/\w[\w.-]*|/(?:root|tmp|var/folders)(?=/\w)|[A-Z]:\\Users)[^\s\"'`<>)]{0,60}")
+_TRACE = re.compile(r"(?<![\w.+/=-])(?:/(?:home|Users)/\w[\w.-]*|/(?:root|tmp|var/folders)(?=/\w)|[A-Z]:\\Users)[^\s\"'`<>)]{0,60}| object at 0x[0-9a-f]{4,}")
 _PICTURE = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+")
 
 
@@ -216,17 +216,17 @@ def _texts(part: object) -> Iterator[str]:
         yield part
 
 
-def private_paths(
+def machine_traces(
     root: Path,      # of the project
 ) -> list[str]:      # problems
-    "Home and temporary folders in notebooks and published runs."
+    "Private folders and addresses in memory, in notebooks and published runs."
     published = [p for p in (root / "reports" / "published").rglob("*") if p.suffix in (".ipynb", ".json", ".html", ".md", ".yaml")]
     here, problems = re.compile(re.escape(str(root)) + r"(?=/|\b)"), []
     for path in [*notebooks(root), *sorted(published)]:
         text = path.read_text(encoding="utf-8")
         texts = _texts(json.loads(text)) if path.suffix in (".ipynb", ".json") else [text]
-        found = next((m[0] for t in texts for m in [_PRIVATE.search(_PICTURE.sub("", t)) or here.search(t)] if m), None)
-        problems += [f"{path.relative_to(root).as_posix()}: contains the path {found}"] * (found is not None)
+        found = next((m[0] for t in texts for m in [_TRACE.search(_PICTURE.sub("", t)) or here.search(t)] if m), None)
+        problems += [f"{path.relative_to(root).as_posix()}: contains {found}"] * (found is not None)
     return problems
 
 # %% ../nbs/46_check.ipynb #4a1eb42d
@@ -235,7 +235,7 @@ CHECKS: dict[str, Callable[[Path], list[str]]] = {
     "lint": lint,
     "readme": stale_readme,
     "outputs": missing_outputs,
-    "paths": private_paths,
+    "traces": machine_traces,
     "numbers": stale_outputs,
     "links": dead_links,
 }

@@ -91,8 +91,8 @@ def test_each_fault_is_one_line(project, capsys):
         "README.md: is not what nbs/index.ipynb gives; run kdnb_site readme",
         "nbs/images/index-old.png: is not what nbs/index.ipynb gives; run kdnb_site readme",
         "nbs/01_new.ipynb: cells without their output: 2; run the notebook",
-        f"nbs/02_dirty.ipynb: contains the path {home}",
-        f"reports/published/gmm/beta=1/metrics.json: contains the path {os.sep}tmp/run1",
+        f"nbs/02_dirty.ipynb: contains {home}",
+        f"reports/published/gmm/beta=1/metrics.json: contains {os.sep}tmp/run1",
     ])
     assert state(project) == before
 
@@ -115,16 +115,17 @@ def test_which_cells_show_something(source, expected):
 @pytest.mark.parametrize(("text", "found"), [
     (os.sep + "home/ann/x.py", True), ("File \"" + os.sep + "root/x\"", True), (os.sep + "tmp/abc", True), ("C:" + "\\Users\\ann", True), (os.sep + "Users/ann", True),
     ("https://x.org/home/ann", False), ("a/tmp/b", False), ("../tmp/b", False), ("on " + os.sep + "tmp", False), ("data:image/png;base64,AAAA" + os.sep + "tmp/a", False),
+    ("<X object at 0" + "x7f5d2ee15190>", True), ("<X object at 0>", False),
 ])
-def test_which_paths_are_private(tmp_path, text, found):
+def test_what_is_a_trace_of_a_machine(tmp_path, text, found):
     write_notebook(tmp_path / "nbs" / "a.ipynb", [cell("x = 1", outputs=[{"output_type": "display_data", "metadata": {}, "data": {"text/plain": [text], "image/png": os.sep + "tmp/x"}}])])
-    assert bool(check.private_paths(tmp_path)) is found
+    assert bool(check.machine_traces(tmp_path)) is found
 
 
 def test_the_root_itself_is_private(tmp_path):
     (tmp_path / "reports" / "published").mkdir(parents=True)
     (tmp_path / "reports" / "published" / "index.md").write_text(f"see {tmp_path}/reports")
-    assert len(check.private_paths(tmp_path)) == 1
+    assert len(check.machine_traces(tmp_path)) == 1
 
 
 def test_stale_numbers(project, capsys):
