@@ -60,7 +60,7 @@ def test_a_project_in_order_passes_untouched(project, capsys, monkeypatch):
     assert check.main([]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert [line.split(" (")[0] for line in printed.out.splitlines()] == ["notebooks and library: ok", "lint: ok", "readme: ok", "outputs: ok", "paths: ok", "numbers: ok", "links: ok"]
+    assert [line.split(" (")[0] for line in printed.out.splitlines()] == ["notebooks and library: ok", "lint: ok", "readme: ok", "outputs: ok", "traces: ok", "numbers: ok", "links: ok"]
     assert state(project) == before
 
 
