@@ -25,6 +25,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .grid import source_path
 from .store import _revive, artifact, read_json, write_text
 
 # %% ../nbs/43_report.ipynb #6923fce9
@@ -332,7 +333,7 @@ def _rerun(notebook: Path, injected: Mapping, source: str) -> list[str]:
     "Commands that make this report again, from the root of the repository."
     folder = notebook.resolve().parent
     flags = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in injected.items())
-    direct = f"papermill nbs/experiments/{source or notebook.name} out.ipynb {flags}".strip()
+    direct = f"papermill {source_path(source or notebook.name)} out.ipynb {flags}".strip()
     grid = [f"kdnb_run params/{folder.parent.name}.yaml"] if folder.parent.parent.name == "reports" else []
     return [*grid, *([] if folder.name == "summary" else [visible(direct)])]
 
@@ -368,7 +369,7 @@ def render(
     header = _jinja().get_template("header.html.j2").render(
         title=heading, state={**shown._asdict(), "facts": _facts(state)}, crumbs=[place.parent.name, place.name],
         index="../../index.html" if place.parent.parent.name == "reports" else "",
-        rerun=_rerun(notebook, papermill.get("parameters", {}), Path(str(papermill.get("input_path") or "")).name),
+        rerun=_rerun(notebook, papermill.get("parameters", {}), str(papermill.get("input_path") or "")),
     )
     config = Config(NbConvertBase={"display_data_priority": _SHOWN})
     exporter = HTMLExporter(config, template_name="kdnb", extra_template_basedirs=[str(ASSETS / "templates")], sanitize_html=True, filters={"clean_html": clean_html})

@@ -319,7 +319,7 @@ def _device() -> str:
 
 
 def _commit() -> str | None:
-    "Commit of the working tree that holds this package, with -dirty if it was changed; None outside one."
+    "Commit of the working tree that holds this package, with -dirty if anything but published runs was changed; None outside one."
     import kdnb
 
     def git(*args):
@@ -328,7 +328,8 @@ def _commit() -> str | None:
 
     with suppress(OSError, subprocess.SubprocessError):
         git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy belongs to nobody's repository
-        return git("describe", "--always", "--dirty", "--exclude=*", "--abbrev=40")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)reports/published")  # publishing one run must not taint the next
+        return git("rev-parse", "HEAD") + "-dirty" * bool(changed)
     return None
 
 def _peak_memory_mb() -> int:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from kdnb import grid, report
-from kdnb.grid import Job, Package, clean_notebook, fingerprint, is_finished, main
+from kdnb.grid import Job, Package, clean_notebook, fingerprint, is_finished, main, source_path
 from kdnb.params import load_run
 from kdnb.store import read_json, write_json
 
@@ -153,6 +153,7 @@ def test_clean_notebook():
     papermill = {"input_path": "/home/me/toy.ipynb", "output_path": "/home/me/out.ipynb", "parameters": {"x": 2}, "exception": None, "duration": 1.0}
     nb = clean_notebook({"cells": [marker, made], "metadata": {"papermill": papermill, "kernelspec": {"name": "python3"}}})
     assert [(c["id"], c["metadata"]) for c in nb["cells"]] == [("injected-parameters", {"tags": ["injected-parameters"]})]
+    assert [source_path(p) for p in ("nbs/a/b.ipynb", "/x/nbs/nbs/c.ipynb", "a/onbs/c.ipynb", "")] == ["nbs/a/b.ipynb", "nbs/c.ipynb", "c.ipynb", ""]
     assert nb["metadata"] == {"kernelspec": {"name": "python3"}, "papermill": {"input_path": "toy.ipynb", "parameters": {"x": 2}, "exception": False}}
 
 
@@ -277,7 +278,7 @@ def test_a_run_from_failure_to_publication(folder, capfd):
 def test_an_axis_may_choose_the_notebook(folder, capfd):
     for name in ("01_a", "02_b"):
         write_notebook(folder / f"{name}.ipynb", cell("p", "x = 1", "parameters"), cell("c", f"print('{name}', x)"))
-    write_notebook(folder / "end.ipynb", cell("s", "from pathlib import Path\nprint(sorted(p.parent.name for p in Path('..').glob('*/status.json')))"))
+    write_notebook(folder / "end.ipynb", cell("p", "run = 'published'", "parameters"), cell("s", "from pathlib import Path\nprint(sorted(p.parent.name for p in Path(run).glob('*/status.json')))"))
     (folder / "all.yaml").write_text("notebook: '{method}.ipynb'\nsummary: end.ipynb\ngrid: {method: [01_a, 02_b]}\ncases: {02_b: {x: 5}}\nworkers: 2")
     assert main(["all.yaml", "--quiet"]) == 0
     run = folder / "reports" / "all"

@@ -111,7 +111,7 @@ def good(tmp_path_factory):
         new_code_cell("beta = 100.0", metadata={"tags": ["parameters"]}),
         new_code_cell("show()", outputs=[chart_output(), line_output(), charts_table(), new_output("stream", name="stdout", text="50%\r100%\nit costs $5 and $6\n")]),
     ]
-    papermill = {"parameters": {"beta": 100.0, "prompt": "it's"}, "input_path": "somewhere/gmm.ipynb"}
+    papermill = {"parameters": {"beta": 100.0, "prompt": "it's"}, "input_path": "/somewhere/nbs/experiments/gmm.ipynb"}
     save(reports / "gmm" / "beta=100", cells, METRICS, RUN, papermill=papermill)
     save(reports / "gmm" / "beta=20", cells[:2], {**METRICS, "parameters": {"beta": 20.0, "n_seeds": 64}, "headline": [{"label": "recall, nats", "estimate": Estimate(-math.inf, math.inf, -math.inf, math.inf, 9)}]}, RUN)
     save(reports / "gmm" / "beta=3", [*cells[:2], failed_cell()], None, None)

@@ -200,7 +200,7 @@ def verdict_of(
     record: dict,  # as `movement` makes it
 ) -> str:
     "A movement in words: a trade-off, a gain or a loss on both, or nothing that the intervals tell apart."
-    signs = [(d.lo > 0) - (d.hi < 0) for d in (record["d_precision"], record["d_recall"])]
+    signs = [(d.lo > 1e-9) - (d.hi < -1e-9) for d in (record["d_precision"], record["d_recall"])]  # rounding is no movement
     return {(1, 1): "gain on both", (-1, -1): "loss on both", (0, 0): "cannot tell", (1, -1): "trade-off: precision for recall", (-1, 1): "trade-off: recall for precision"}.get(
         tuple(signs), f"{'gain' if sum(signs) > 0 else 'loss'} of {'precision' if signs[0] else 'recall'} alone"
     )
