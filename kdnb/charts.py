@@ -266,7 +266,7 @@ def curves(
 def _layout(panels: Sequence[pd.DataFrame], room: int = 860) -> tuple[int, int, int]:
     "Columns, and width and height of a panel, so that a row with its axes and labels fits in `room` pixels."
     labels = max(7.2 * max(map(len, p["series"])) + 9 if p["series"].nunique() > 1 else 0 for p in panels)
-    for columns in range(min(len(panels), 3), 0, -1):
+    for columns in range(2 if len(panels) == 4 else min(len(panels), 3), 0, -1):  # four stand two by two
         width = int((room - 28 * (columns - 1)) / columns - 60 - labels)
         if width >= 170 or columns == 1:
             break
@@ -345,7 +345,7 @@ def _plane(frame: pd.DataFrame, path: str, seeds: pd.DataFrame | None, symlog: b
     x, y = alt.X("recall:Q", title=said[RECALL], scale=scale[RECALL], axis=alt.Axis(grid=True, tickCount=6)), alt.Y("precision:Q", title=said[PRECISION], scale=scale[PRECISION], axis=alt.Axis(tickCount=6))
     palette = colours(frame["series"])
     colour = alt.Color("series:N", scale=alt.Scale(domain=list(palette), range=list(palette.values())), legend=None)
-    frame = frame.assign(order=range(len(frame)), label=_labels(frame, path))
+    frame = frame.assign(order=range(len(frame)), label=frame[path] if path == "student" else _labels(frame, path))
 
     def pixels(part, end, length):
         return np.nan_to_num((bend(frame[part + end]) - domain[part][0]) / (domain[part][1] - domain[part][0]) * length, nan=-99.0)

@@ -126,3 +126,22 @@ def test_a_broken_store_loses_nothing_that_was_computed(tmp_path, smoke, weights
     assert len(list(store.glob("scores/*.corrupt-*"))) == 1
     assert {f: f.read_bytes() for f in smoke.glob("*/metrics.json")} == before
     assert read_json(smoke / "summary" / "metrics.json")["experiment"] == "smollm2_summary"
+
+
+@pytest.mark.slow
+def test_neighbours_in_miniature(tmp_path):
+    """Cells that choose their notebook, and the closing notebook over whichever of them are there."""
+    run = yaml.safe_load((ROOT / "params" / "neighbours.yaml").read_text())
+    few = ["04_variance_reduction", "03_mixture_condition"]
+    run |= {key: str(ROOT / "params" / run[key]) for key in ("notebook", "summary")} | {"grid": {"method": few}}
+    run["cases"] = {few[1]: {"n_seeds": 4, "n_exact": 4000, "n_steps": 100, "n_eval": 50}}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(run))
+    done = subprocess.run([*COMMAND, tmp_path / "few.yaml", "--out", tmp_path / "reports"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = read_metrics(tmp_path / "reports" / "few" / "summary")
+    assert {r["arm"] for r in found["estimates"]["chosen"]} == {"3 conditions", "4 variance reduction"}
+    assert found["parameters"]["run"] == ".."
+    path = {r["knob"]: r for r in found["estimates"]["path"]}
+    assert path["β = 1"]["d_precision"].mean == pytest.approx(0, abs=1e-9)  # an exact student of an unsharpened teacher is the direct one
+    assert path["β = 100"]["d_precision"].lo > 0 > path["β = 100"]["d_recall"].hi
+    assert "papermill nbs/neighbours/03_mixture_condition.ipynb out.ipynb" in (tmp_path / "reports" / "few" / f"method={few[1]}" / "report.html").read_text()
