@@ -284,7 +284,8 @@ def _set_aside(fs: Any, home: str, fault: str) -> None:
     aside = next(p for n in range(1, 10**6) if not fs.exists(p := f"{home}.corrupt-{n}"))
     told = f"set aside as .{aside.rpartition('.')[2]}"
     try:
-        for path in sorted(fs.find(home), key=lambda path: path != f"{home}/{MANIFEST}"):  # the manifest first
+        # One by one, for S3 has no folders to move, and the manifest first.
+        for path in sorted(fs.find(home), key=lambda path: path != f"{home}/{MANIFEST}"):
             with suppress(FileNotFoundError):  # another machine does the same
                 fs.mv(path, aside + path.removeprefix(home))
     except Exception as e:

@@ -7,7 +7,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
+from threading import Thread
 
 import fsspec
 import pytest
@@ -127,12 +130,22 @@ def test_what_is_on_the_machine_is_read_without_the_shared_store(memory, machine
     assert not artifact("s", {}, never).built
 
 
-def test_downloaded_artifact_is_verified_at_the_next_use(memory, machine, caplog):
+def test_damage_on_the_machine_is_mended_from_the_shared_store(memory, machine, caplog):
     made = artifact("s", {}, build)
     (made.path / "a.bin").write_bytes(b"another size")
     assert not artifact("s", {}, never).built  # fetched, not built
     assert find_fault(made.path) == ""
     assert caplog.messages == [f"artifact s/{made.key[:12]}: a.bin is missing or has another size; set aside as .corrupt-1 and fetched or made again"]
+
+
+def test_every_download_is_verified(memory, machine):
+    made = artifact("s", {}, build)
+    whole = (made.path / "a.bin").read_bytes()
+    for change, built in ((bytes, False), (flip, True)):  # twice in one process
+        (made.path / "a.bin").unlink()
+        put(memory, f"s/{made.key}/a.bin", change(whole))
+        assert artifact("s", {}, build).built == built
+        assert (made.path / "a.bin").read_bytes() == whole
 
 
 def test_a_folder_needs_no_fsspec(tmp_path):
@@ -176,7 +189,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("url", "damage"), [*(("memory", d) for d in DAMAGE), ("s3", "flipped"), ("s3", "manifest truncated")], indirect=["url"])
 def test_damage_is_set_aside_and_repaired(url, machine, caplog, damage):
     name, change, fault = DAMAGE[damage]
     key = artifact("s", {}, build).key
@@ -338,6 +351,28 @@ def test_failed_upload_keeps_the_result_and_is_made_up_for(memory, machine, capl
     share()
     machine("two")
     assert not artifact("s", {}, never).built
+
+
+def test_read_only_web_server_is_a_store(machine, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("KDNB_STORE", str(tmp_path / "home"))
+    shared = artifact("s", {"n": 1}, build)
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=tmp_path / "home")) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        home = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("KDNB_STORE", home)
+        read, built = artifact("s", {"n": 1}, never), artifact("s", {"n": 2}, build)
+        (shared.path / "a.bin").write_bytes(b"damaged")
+        machine("two")
+        again = artifact("s", {"n": 1}, build)
+        server.shutdown()
+        thread.join()
+    assert (read.built, built.built, again.built) == (False, True, True)
+    assert tree(read.path).keys() == tree(again.path).keys()
+    refusal, damage = caplog.messages
+    assert refusal.startswith(f"artifact s/{built.key[:12]} is on this machine alone until share() uploads it: KDNB_STORE must be a folder or the URL of a store that can be written, got {home} (")
+    assert damage == f"shared artifact s/{read.key[:12]}: a.bin is missing or has another size; not set aside (NotImplementedError: ) and made again"
 
 
 def test_share_uploads_what_is_sound(memory, machine, tmp_path, monkeypatch, caplog):
