@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,18 @@ def test_two_machines_at_once_do_no_harm(url, machine, tmp_path):
     assert {k: v for k, v in tree(third.path).items() if k != "manifest.json"} == {k: v for k, v in tree(slower.path).items() if k != "manifest.json"}
 
 
+def test_old_listings_are_not_believed(s3, machine, monkeypatch):
+    monkeypatch.setenv("KDNB_STORE", f"{s3}/listed")
+    key = artifact("s", {}, build).key
+    address = f"bucket/listed/s/{key}"
+    assert len(fsspec.filesystem("s3").ls(address)) == 3  # and remembered
+    fsspec.filesystem("s3", skip_instance_cache=True).rm_file(f"{address}/manifest.json")  # by somebody else
+    machine("two")
+    assert artifact("s", {}, build).built
+    machine("three")
+    assert not artifact("s", {}, never).built
+
+
 # --- what cannot be reached ---------------------------------------------------------------------
 
 
@@ -382,6 +395,7 @@ def test_share_uploads_what_is_sound(memory, machine, tmp_path, monkeypatch, cap
     artifact("s", {"n": 2}, build)  # the damaged one is now set aside
     lost = artifact("s", {"n": 3}, build)
     (lost.path / "a.bin").unlink()
+    shutil.copytree(good.path, f"{good.path}.tmp-1")  # all written, and not yet named
     monkeypatch.setenv("KDNB_STORE", memory)
     share()
     assert {path.split("/")[1] for path in objects(memory)} == {good.key, bad.key}
