@@ -259,7 +259,7 @@ def _sweep(stage: Path) -> None:
         with suppress(Timeout), _lock(stage / part.name.split(".")[0]).acquire(blocking=False):
             shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/02_store.ipynb #4a1eb42d
+# %% ../nbs/02_store.ipynb #b6d45c48
 log = logging.getLogger("kdnb")
 
 
@@ -340,7 +340,7 @@ def share() -> None:
         if "." not in manifest.parent.name and not find_fault(manifest.parent):
             _upload(manifest.parent)
 
-# %% ../nbs/02_store.ipynb #7730a47b
+# %% ../nbs/02_store.ipynb #4a1eb42d
 def _build(recipe: Recipe) -> None:
     "Build an artifact and share it; the caller holds the lock."
     _write_artifact(recipe)
@@ -372,7 +372,7 @@ def _obtain(recipe: Recipe) -> Artifact | None:
             return None
     return Artifact(folder, recipe.key, recipe.stage, read_json(folder / MANIFEST)["wall_s"], built)
 
-# %% ../nbs/02_store.ipynb #b07442f5
+# %% ../nbs/02_store.ipynb #7730a47b
 def artifacts(
     recipes: Sequence[Recipe],  # those that others need first
 ) -> list[Artifact]:            # in the same order
@@ -402,7 +402,7 @@ def artifact(
     recipe = stage if isinstance(stage, Recipe) else Recipe(stage, params or {}, build, upstream, code)
     return artifacts([recipe])[0]
 
-# %% ../nbs/02_store.ipynb #e5c327d8
+# %% ../nbs/02_store.ipynb #b07442f5
 VERSIONED = ("numpy", "scipy", "torch", "transformers")  # libraries whose version can move a digit
 
 
@@ -443,7 +443,7 @@ def _peak_memory_mb() -> int:
         return round(int(found[1]) / 1024)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
-# %% ../nbs/02_store.ipynb #32b273b6
+# %% ../nbs/02_store.ipynb #e5c327d8
 @dataclass
 class Run:
     "Times the stages of an experiment and writes its two files."
@@ -483,7 +483,7 @@ class Run:
         write_json(out / "run.json", {**run, "peak_memory_mb": _peak_memory_mb(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS")})
         write_json(out / "metrics.json", metrics)
 
-# %% ../nbs/02_store.ipynb #b5a50780
+# %% ../nbs/02_store.ipynb #32b273b6
 def _revive(value: Any) -> Any:
     "Estimates and non-finite numbers from their JSON."
     from kdnb.core import Estimate
