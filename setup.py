@@ -10,6 +10,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 readme = here / "README.md"
 geometry = cfg["geometry_requirements"].split()
+s3 = cfg["s3_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -31,7 +32,7 @@ setup(
     package_data={"kdnb": ["assets/**/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"geometry": geometry, "dev": [*cfg["dev_requirements"].split(), *geometry]},
+    extras_require={"geometry": geometry, "s3": s3, "dev": [*cfg["dev_requirements"].split(), *geometry, *s3]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

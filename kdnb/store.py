@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'log', 'VERSIONED', 'to_json', 'writable_folder', 'write_text', 'write_json', 'read_json', 'normal_code',
-           'Recipe', 'store_root', 'file_hash', 'find_fault', 'Artifact', 'artifacts', 'artifact', 'versions', 'Run',
-           'read_metrics']
+           'Recipe', 'store_root', 'file_hash', 'find_fault', 'Artifact', 'share', 'artifacts', 'artifact', 'versions',
+           'Run', 'read_metrics']
 
 # %% ../nbs/02_store.ipynb #a6316642
 import ast
@@ -161,10 +161,17 @@ def _seal(facts: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _shared_url() -> str:
+    "Where machines share artifacts; empty: nowhere, the store is a folder."
+    home = os.environ.get("KDNB_STORE", "")
+    return home if "://" in home and not home.startswith("file://") else ""
+
+
 def store_root() -> Path:
-    "The folder of all artifacts; it need not exist yet."
+    "The folder of all artifacts on this machine; it need not exist yet."
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("KDNB_STORE") or f"{cache}/kdnb").expanduser().absolute()
+    home = os.environ.get("KDNB_CACHE" if _shared_url() else "KDNB_STORE", "").removeprefix("file://")
+    return Path(home or f"{cache}/kdnb").expanduser().absolute()
 
 # %% ../nbs/02_store.ipynb #3b4708b8
 MANIFEST = "manifest.json"
@@ -177,16 +184,20 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _read_manifest(folder: Path) -> dict | None:
+    "An artifact's manifest; None if its seal does not hold."
+    try:
+        manifest = read_json(folder / MANIFEST)
+        return manifest if manifest.pop("seal") == _seal(manifest) else None
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError):
+        return None
+
+
 def find_fault(
     folder: Path,  # a finished artifact
 ) -> str:          # what is wrong with it; empty: nothing
     "Compare an artifact with its manifest."
-    try:
-        manifest = read_json(folder / MANIFEST)
-        sealed = manifest.pop("seal") == _seal(manifest)
-    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError):
-        sealed = False
-    if not sealed:
+    if (manifest := _read_manifest(folder)) is None:
         return f"{MANIFEST} is not as written"
     for name, entry in manifest["files"].items():
         file = folder / name
@@ -208,6 +219,15 @@ class Artifact:
     built: bool    # True if this call built it
 
 
+def _finish(part: Path, folder: Path) -> None:
+    "Flush an artifact to the disk and give it its name."
+    for path in part.rglob("*"):
+        _sync(path)
+    part.rename(folder)
+    _sync(folder.parent)
+    _sound.add(folder)
+
+
 def _write_artifact(recipe: Recipe) -> None:
     "Build into a temporary sibling, then rename; the caller holds the lock."
     part = recipe.folder.with_name(f"{recipe.key}.tmp-{os.getpid()}")
@@ -222,14 +242,10 @@ def _write_artifact(recipe: Recipe) -> None:
         entries = {p.relative_to(part).as_posix(): {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in files}
         manifest = {"schema": 1, **recipe.facts, "files": entries, "wall_s": wall_s}
         write_json(part / MANIFEST, {**manifest, "seal": _seal(manifest)})
-        for path in part.rglob("*"):
-            _sync(path)
-        part.rename(recipe.folder)
-        _sync(recipe.folder.parent)
+        _finish(part, recipe.folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    _sound.add(recipe.folder)
 
 
 def _lock(folder: Path) -> FileLock:
@@ -243,8 +259,96 @@ def _sweep(stage: Path) -> None:
         with suppress(Timeout), _lock(stage / part.name.split(".")[0]).acquire(blocking=False):
             shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/02_store.ipynb #4a1eb42d
+# %% ../nbs/02_store.ipynb #b6d45c48
 log = logging.getLogger("kdnb")
+
+
+@contextmanager
+def _shared(
+    folder: Path,  # of the artifact on this machine
+    use: str,      # "read" or "written", for the error
+) -> Iterator[tuple[Any, str]]:  # file system, and the artifact's address in it
+    "An artifact's place in the shared store; whatever fails there becomes one sentence."
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, root = url_to_fs(_shared_url(), use_listings_cache=False)
+        yield fs, f"{root.rstrip('/')}/{folder.parent.name}/{folder.name}"
+    except Exception as e:
+        told = f"KDNB_STORE must be a folder or the URL of a store that can be {use}, got {_shared_url()} ({type(e).__name__}: {e})"
+        raise ValueError(f"{told}; KDNB_STORE={store_root()} works without it") from e
+
+
+def _set_aside(fs: Any, home: str, fault: str) -> None:
+    "Move a damaged shared artifact away, or at least make its manifest void."
+    aside = next(p for n in range(1, 10**6) if not fs.exists(p := f"{home}.corrupt-{n}"))
+    told = f"set aside as .{aside.rpartition('.')[2]}"
+    try:
+        # One by one, for S3 has no folders to move, and the manifest first.
+        for path in sorted(fs.find(home), key=lambda path: path != f"{home}/{MANIFEST}"):
+            with suppress(FileNotFoundError):  # another machine does the same
+                fs.mv(path, aside + path.removeprefix(home))
+    except Exception as e:
+        told = f"not set aside ({type(e).__name__}: {e})"
+        with suppress(Exception):
+            fs.pipe_file(f"{home}/{MANIFEST}", b"")
+    stage, key = home.split("/")[-2:]
+    log.warning("shared artifact %s/%s: %s; %s and made again", stage, key[:12], fault, told)
+
+
+def _download(folder: Path) -> bool:
+    "Copy a shared artifact to this machine, verified; False: there is none, or none that is sound. The caller holds the lock."
+    part = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    part.mkdir()
+    try:
+        with _shared(folder, "read") as (fs, home):
+            try:
+                fs.get_file(f"{home}/{MANIFEST}", str(part / MANIFEST))
+            except FileNotFoundError:
+                return False
+            for name in (_read_manifest(part) or {"files": {}})["files"]:
+                if not Path(os.path.normpath(part / name)).is_relative_to(part):
+                    raise ValueError(f"{MANIFEST} names {name}, which is outside its artifact")
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    fs.get_file(f"{home}/{name}", str(part / name))
+            if fault := find_fault(part):
+                _set_aside(fs, home, fault)
+                return False
+        _finish(part, folder)
+        return True
+    finally:
+        _sound.discard(part)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _upload(folder: Path) -> None:
+    "Copy a finished artifact to the shared store, its manifest last, unless another machine has."
+    with _shared(folder, "written") as (fs, home):
+        with suppress(FileNotFoundError):
+            if fs.size(f"{home}/{MANIFEST}"):
+                return
+        for name in [*_read_manifest(folder)["files"], MANIFEST]:
+            fs.put_file(str(folder / name), f"{home}/{name}")
+
+
+def share() -> None:
+    "Upload every sound artifact of this machine that the shared store lacks."
+    if not _shared_url():
+        raise ValueError(f"KDNB_STORE must be the URL of a shared store, got {os.environ.get('KDNB_STORE', '')!r}")
+    for manifest in sorted(store_root().glob(f"*/*/{MANIFEST}")):
+        if "." not in manifest.parent.name and not find_fault(manifest.parent):
+            _upload(manifest.parent)
+
+# %% ../nbs/02_store.ipynb #4a1eb42d
+def _build(recipe: Recipe) -> None:
+    "Build an artifact and share it; the caller holds the lock."
+    _write_artifact(recipe)
+    if _shared_url():
+        try:
+            _upload(recipe.folder)
+        except ValueError as e:
+            log.warning("artifact %s/%s is on this machine alone until share() uploads it: %s", recipe.stage, recipe.key[:12], e)
 
 
 def _obtain(recipe: Recipe) -> Artifact | None:
@@ -252,16 +356,17 @@ def _obtain(recipe: Recipe) -> Artifact | None:
     folder = recipe.folder
     built = False
     if not folder.is_dir() or find_fault(folder):
-        writable_folder(folder.parent, "KDNB_STORE")
+        writable_folder(folder.parent, "KDNB_CACHE" if _shared_url() else "KDNB_STORE")
         _sweep(folder.parent)
         try:
             with _lock(folder).acquire(blocking=False):
                 if folder.is_dir() and (fault := find_fault(folder)):
                     aside = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{recipe.key}.corrupt-{n}")).exists())
-                    log.warning("artifact %s/%s: %s; set aside as %s and made again", recipe.stage, recipe.key[:12], fault, aside.suffix)
+                    again = "fetched or made" if _shared_url() else "made"
+                    log.warning("artifact %s/%s: %s; set aside as %s and %s again", recipe.stage, recipe.key[:12], fault, aside.suffix, again)
                     folder.rename(aside)
-                if not folder.is_dir():
-                    _write_artifact(recipe)
+                if not folder.is_dir() and not (_shared_url() and _download(folder)):
+                    _build(recipe)
                     built = True
         except Timeout:
             return None
