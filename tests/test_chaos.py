@@ -370,7 +370,7 @@ from pathlib import Path
 from kdnb.params import SmolLM2Params
 from kdnb.pipeline import Pipeline
 from kdnb.store import Run
-values = {"source": source, "tau": tau, "vocab_size": 32, "max_length": 6, "n_pilot": 8, "n_train": 110, "n_select": 16, "n_eval": 24, "batch_size": 1, "teacher_layers": 1}
+values = {"source": source, "tau": tau, "vocab_size": 32, "max_length": 6, "n_pilot": 8, "n_train": 96, "n_select": 16, "n_eval": 24, "teacher_layers": 1}
 run = Run({"tau": tau})
 cell = Pipeline(SmolLM2Params(**values))
 run.write({"scores": [{name: total for name, total in s.totals.items()} for s in cell.scores()]})

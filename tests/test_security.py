@@ -253,10 +253,16 @@ VALUES = st.recursive(
     max_leaves=12,
 )
 KEYS = st.sampled_from(["notebook", "summary", "params", "grid", "cases", "workers", "timeout_s", "other"])
+def dumped(found):
+    return yaml.dump({"notebook": "toy.ipynb", **found}).encode("utf-8", "surrogatepass")
+
+
 TEXTS = (
     spoilt(GOOD.encode())
+    | VALUES.map(lambda value: dumped({"params": {"free": value}}))
+    | st.lists(VALUES, min_size=1, max_size=3).map(lambda values: dumped({"grid": {"free": values}}))
     | st.lists(st.sampled_from(WORDS), max_size=25).map(lambda words: "".join(words).encode("utf-8", "surrogatepass"))
-    | st.dictionaries(KEYS, VALUES, max_size=6).map(lambda found: yaml.dump({"notebook": "toy.ipynb", **found}).encode("utf-8", "surrogatepass"))
+    | st.dictionaries(KEYS, VALUES, max_size=6).map(dumped)
     | st.binary(max_size=60)
 )
 
