@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 RUNS  ?= gmm smollm2-laptop
 
 .DEFAULT_GOAL := help
-.PHONY: help report test check lab site bench publish readme clean
+.PHONY: help report test chaos check lab site bench publish readme clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -25,6 +25,9 @@ test: $(READY)  ## check, run the notebooks, run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --skip_folder_re '^([_.]|experiments$$)' --n_workers 2 --do_print
 	@echo "3/3 tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+chaos: $(READY)  ## faults and fuzzing at full length, with a table at the end (an hour; KILLS=50)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "chaos or not chaos" tests/test_chaos.py tests/test_security.py
 
 check: $(READY)  ## notebooks, library, README, lint, links and outputs agree (seconds)
 	@$(BIN)/kdnb_check

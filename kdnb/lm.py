@@ -23,8 +23,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from .cli import one_line
 from .core import make_rng
-from .store import artifact, versions
+from .store import artifact, read_json, versions
 
 
 def _transformers() -> Any:
@@ -209,26 +210,40 @@ def load_tokens(
 
 
 def _load_shard(folder: Path) -> Tokens:
-    from pyarrow import ArrowInvalid, parquet
-    from safetensors.torch import load_file
-
     file = folder / "tokens.parquet"
     try:
-        table = parquet.read_table(file)
-        width = json.loads(table.schema.metadata[b"kdnb"])["width"]
-    except (ArrowInvalid, OSError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} must be a whole file that save_tokens wrote, got {type(e).__name__}: {str(e).splitlines()[0]}") from e
-    ids = table["ids"].combine_chunks()
-    length = torch.tensor(ids.value_lengths().to_numpy(), dtype=torch.int64)
+        return _read_shard(file)
+    except Exception as e:  # pyarrow, safetensors and torch each raise their own kinds at bytes that are not ours
+        raise ValueError(f"{file} must be a whole file that save_tokens wrote, got {one_line(e)}") from e
+
+
+def _lists(table: Any, name: str, kind: str) -> tuple[Tensor, Tensor]:
+    "Lengths and values, one list after another, of a column."
+    column = table[name].combine_chunks()
+    values = column.flatten()
+    if str(values.type) != kind or column.null_count or values.null_count:
+        raise TypeError(f"{name} is {column.type} with {column.null_count + values.null_count} missing")
+    return torch.tensor(column.value_lengths().to_numpy(), dtype=torch.int64), torch.tensor(values.to_numpy())
+
+
+def _read_shard(file: Path) -> Tokens:
+    from pyarrow import parquet
+    from safetensors.torch import load_file
+
+    table = parquet.read_table(file)
+    width = json.loads(table.schema.metadata[b"kdnb"])["width"]
+    length, ids = _lists(table, "ids", "int32")
+    if (length > width).any():
+        raise ValueError(f"width is {width} and a sequence {int(length.max())} long")
     tokens = Tokens(torch.full((len(length), width), -1), length)
     inside = _inside(tokens)
-    tokens.ids[inside] = torch.tensor(ids.flatten().to_numpy(), dtype=torch.int64)
+    tokens.ids[inside] = ids.long()
     for name in (name for name in PER_TOKEN if name in table.column_names):
         values = torch.zeros(inside.shape)
-        values[inside] = torch.tensor(table[name].combine_chunks().flatten().to_numpy())
+        values[inside] = _lists(table, name, "float")[1]
         tokens = tokens._replace(**{name: values})
-    if (folder / "next_log_prob.safetensors").exists():
-        tokens = tokens._replace(next_log_prob=load_file(folder / "next_log_prob.safetensors")["next_log_prob"])
+    if (following := file.with_name("next_log_prob.safetensors")).exists():
+        tokens = tokens._replace(next_log_prob=load_file(following)["next_log_prob"])
     return tokens
 
 
@@ -355,6 +370,15 @@ def _resolve(source: str) -> Path:
     return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.model"]))
 
 # %% ../nbs/20_lm.ipynb #b07442f5
+def _check_weight_files(folder: Path) -> None:
+    "Refuse a model folder whose config or index leads transformers from safetensors to a pickle."
+    named = [read_json(folder / "config.json").get("transformers_weights") or ""]
+    for index in folder.glob("*.safetensors.index.json"):
+        named += read_json(index)["weight_map"].values()
+    if pickles := [name for name in named if name and not name.endswith((".safetensors", ".safetensors.index.json"))]:
+        raise ValueError(f"{pickles[0]} is no safetensors file")
+
+
 def load_lm(
     source: str | os.PathLike,               # "smollm2-135m-instruct", a folder, or a hub id
     prompt: str | None = None,               # text before every sequence; omitted: as saved by `save_lm`, else "The"
@@ -368,12 +392,14 @@ def load_lm(
     folder = _resolve(str(source))
     with _quiet_transformers():
         try:
+            saved = read_json(folder / NOTES) if (folder / NOTES).exists() else {}
+            _check_weight_files(folder)
             model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
             tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
             first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(f"source must be a readable model folder with safetensors weights and a tokenizer, got {source}: {first}") from error
-    saved = json.loads((folder / NOTES).read_text()) if (folder / NOTES).exists() else {}
+            why = "it needs code of its own, which is never run" if "custom code" in first else first
+            raise ValueError(f"source must be a readable model folder with safetensors weights and a tokenizer, got {source}: {why}") from error
     vocab_ids = saved.get("vocab_ids")
     prompt_ids = saved.get("prompt_ids")
     if prompt is not None or prompt_ids is None:

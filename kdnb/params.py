@@ -26,6 +26,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from .store import to_json
+
 # %% ../nbs/03_params.ipynb #6923fce9
 class ParamsError(ValueError):
     "Everything that is wrong with parameters or a run file, one line each."
@@ -179,7 +181,7 @@ def read_parameters(
         cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
         source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", ())), "")
         tree = ast.parse(source)
-    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError, RecursionError) as e:
         raise ParamsError([f"notebook must be a Jupyter notebook with Python cells, got {notebook} ({type(e).__name__})"]) from e
     found = {}
     for line in tree.body:
@@ -187,7 +189,7 @@ def read_parameters(
         if isinstance(target, ast.Name) and not target.id.startswith("_") and getattr(line, "value", None) is not None:
             try:
                 default = ast.literal_eval(line.value)
-            except ValueError:
+            except (ValueError, TypeError, RecursionError):
                 default = None
             kind = _annotated_type(line.annotation) if isinstance(line, ast.AnnAssign) else None
             found[target.id] = (kind or (Any if default is None else type(default)), default)
@@ -321,6 +323,19 @@ def _case_problems(run: RunFile, stems: list[str]) -> list[str]:
     return lines
 
 
+def _strange_values(given: Mapping) -> list[str]:
+    "What YAML can hold and JSON cannot: dates, sets, a list inside itself, half of a character."
+    lines = []
+    for key, value in given.items():
+        try:
+            json.dumps(to_json(value, key), ensure_ascii=False).encode()
+        except TypeError as e:
+            lines.append(str(e))
+        except (RecursionError, UnicodeEncodeError) as e:
+            lines.append(f"{key} must be a JSON value, got one with a {'loop' if isinstance(e, RecursionError) else 'character that is none'}")
+    return lines
+
+
 def _given_problems(run: RunFile, notebook: Path, points: list[dict], owner: str) -> list[str]:
     "What is wrong with the parameters that one notebook is given at some points of the grid."
     model = params_model(notebook)
@@ -328,8 +343,25 @@ def _given_problems(run: RunFile, notebook: Path, points: list[dict], owner: str
     lines = [f"grid axis {axis} must be a key of {owner}, got {reprlib.repr(run.grid[axis])}; {nearest(axis, model.model_fields)}" for axis in strange]
     for point in points:
         known = {axis: v for axis, v in point.items() if axis not in strange}
-        lines += find_problems(model, _given(run, known, notebook), owner)
+        given = _given(run, known, notebook)
+        lines += find_problems(model, given, owner) or _strange_values(given)
     return list(dict.fromkeys(lines))
+
+
+def _place(folder: Path, text: str) -> Path:
+    "A path of a run file; one that cannot be is left as it is written, and leads nowhere."
+    try:
+        return (folder / text).resolve()
+    except (OSError, RuntimeError, ValueError):
+        return folder / text
+
+
+def _is_file(path: Path) -> bool:
+    "Whether there is such a file; a name that no file can have is none."
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _problems(run: RunFile, written: str) -> list[str]:
@@ -339,7 +371,7 @@ def _problems(run: RunFile, written: str) -> list[str]:
         return lines
     for point in [{}] if lines else _points(run.grid):
         placed.setdefault(Path(_chosen(run.notebook, point)), []).append(point)
-    missing = [_chosen(written, points[0]) for file, points in placed.items() if not file.is_file()]
+    missing = [_chosen(written, points[0]) for file, points in placed.items() if not _is_file(file)]
     found = [f"notebook must be a file, got {name}; a path is relative to the run file" for name in missing]
     if found := found + _case_problems(run, [file.stem for file in placed]):
         return lines + found
@@ -356,7 +388,7 @@ def _read_yaml(path: Path) -> dict:
         raise ParamsError([f"run file must be a file that can be read ({e.strerror})"]) from e
     except yaml.MarkedYAMLError as e:
         raise ParamsError([f"line {e.problem_mark.line + 1}: {e.problem}"]) from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except Exception as e:  # a constructor of YAML raises whatever it stumbles over
         raise ParamsError([f"run file must be YAML text ({type(e).__name__})"]) from e
     if not isinstance(found, dict):
         raise ParamsError([f"run file must be a mapping with the keys {', '.join(_RunKeys.model_fields)}, got {reprlib.repr(found)}"])
@@ -371,13 +403,13 @@ def _load(path: Path) -> RunFile:
     if lines := find_problems(_RunKeys, found, "a run file"):
         raise ParamsError(lines)
     spec = _RunKeys(**found)
-    notebook = (path.parent / spec.notebook).resolve()
-    beside = notebook.with_name(f"{notebook.stem}_summary.ipynb")
-    summary = (path.parent / spec.summary).resolve() if spec.summary else beside if beside.is_file() else None
+    notebook = _place(path.parent, spec.notebook)
+    beside = notebook.parent / f"{notebook.stem}_summary.ipynb"
+    summary = _place(path.parent, spec.summary) if spec.summary else beside if _is_file(beside) else None
     run = RunFile(path.stem, notebook, summary, spec.params, spec.grid, spec.cases, spec.workers, spec.timeout_s)
     if lines := _problems(run, spec.notebook):
         raise ParamsError(lines)
-    if summary and not summary.is_file():
+    if summary and not _is_file(summary):
         raise ParamsError([f"summary must be a file, got {spec.summary}; a path is relative to the run file"])
     if summary:
         read_parameters(summary)  # it must be a notebook, too

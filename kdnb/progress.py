@@ -32,7 +32,7 @@ class FileBar(tqdm):
         eta_s = (bar["total"] - bar["n"]) / rate if bar["total"] and rate else None
         state = {"desc": self.desc.removesuffix(": "), "n": bar["n"], "total": bar["total"], "unit": bar["unit"], "rate": rate, "eta_s": eta_s, "at": time.time()}
         with contextlib.suppress(OSError):
-            part = path.with_name(f"{path.name}.{os.getpid()}")
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")
             part.write_text(json.dumps(state), encoding="utf-8")
             part.replace(path)
         return True

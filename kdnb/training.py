@@ -24,6 +24,7 @@ from torch import Tensor
 from .lm import LM, Tokens, _inside, _transformers, check_tokens
 from .progress import track
 from .scoring import _hidden, score_lm
+from .store import _sync, file_hash, has_hash, log, read_sealed, seal, write_text
 
 # %% ../nbs/23_training.ipynb #6923fce9
 @dataclass(frozen=True)
@@ -104,25 +105,33 @@ class Checkpoint:
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"step-{len(facts['history'])}.safetensors"
-        save_file(tensors, self.folder / name)
-        part = self.folder / "state.json.part"
-        part.write_text(json.dumps({**facts, "tensors": name}))
-        part.replace(self.folder / "state.json")
+        new = self.folder / f"step-{len(facts['history'])}.safetensors"
+        try:
+            save_file(tensors, new)
+            _sync(new)
+            facts = {**facts, "tensors": new.name, "sha256": file_hash(new)}
+            write_text(self.folder / "state.json", json.dumps({**facts, "seal": seal(facts)}))
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
         for old in self.folder.glob("step-*.safetensors"):
-            if old.name != name:
+            if old != new:
                 old.unlink()
 
     def read(
         self,
         run: dict,  # the training that asks
     ) -> tuple[dict, dict[str, Tensor]] | None:  # facts and tensors; None: nothing yet
-        "The last checkpoint, if it belongs to this training."
+        "The last checkpoint, if it belongs to this training; a damaged one is removed, with one line of warning."
         from safetensors.torch import load_file
 
         if not (self.folder / "state.json").exists():
             return None
-        facts = json.loads((self.folder / "state.json").read_text())
+        facts = read_sealed(self.folder / "state.json")
+        if facts is None or not has_hash(self.folder / facts["tensors"], facts["sha256"]):
+            log.warning("checkpoint %s: %s is not as written; training starts anew", self.folder.name[:12], facts["tensors"] if facts else "state.json")
+            self.remove()
+            return None
         if facts["run"] != run:
             key = next(k for k in run if facts["run"].get(k) != run[k])
             raise ValueError(f"checkpoint must be of this training, got another {key}: {facts['run'].get(key)} instead of {run[key]}; remove {self.folder.name} to start anew")

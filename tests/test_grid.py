@@ -16,7 +16,7 @@ import pytest
 from kdnb import grid, report
 from kdnb.grid import Job, Package, clean_notebook, fingerprint, is_finished, main, source_path
 from kdnb.params import load_run
-from kdnb.store import read_json, write_json
+from kdnb.store import file_hash, read_json, write_json, write_sealed
 
 COMMAND = [sys.executable, "-c", "import sys; from kdnb.grid import main; sys.exit(main())"]
 
@@ -134,13 +134,17 @@ def test_fingerprint_changes_with_what_matters(tmp_path, package):
     assert len(others | {first}) == 5
 
 
-@pytest.mark.parametrize("status", ["", "[]", "{}", '{"state": "ok", "fingerprint": "other"}', '{"state": "failed", "fingerprint": "f"}'])
-def test_not_finished(tmp_path, status):
+@pytest.mark.parametrize("change", ["", "[]", "{}", {"state": "failed"}, {"fingerprint": "other"}, {"files": {"notebook.ipynb": "another"}}])
+def test_not_finished(tmp_path, change):
     job = Job("x=1", tmp_path / "n.ipynb", tmp_path, {}, "f")
     (tmp_path / "notebook.ipynb").write_text("{}")
-    (tmp_path / "status.json").write_text(status)
+    status = {"state": "ok", "fingerprint": "f", "files": {"notebook.ipynb": file_hash(tmp_path / "notebook.ipynb")}}
+    if isinstance(change, str):
+        (tmp_path / "status.json").write_text(change)
+    else:
+        write_sealed(tmp_path / "status.json", status | change)
     assert not is_finished(job)
-    (tmp_path / "status.json").write_text('{"state": "ok", "fingerprint": "f"}')
+    write_sealed(tmp_path / "status.json", status)
     assert is_finished(job)
     (tmp_path / "notebook.ipynb").unlink()
     assert not is_finished(job)
@@ -339,9 +343,9 @@ def test_killed_run_resumes_to_the_same_bytes(folder, monkeypatch):
     assert (run / "x=2" / "metrics.json").read_bytes() == (folder / "reference" / "toy" / "x=2" / "metrics.json").read_bytes()
 
 
-def is_alive(processes):
-    "Those that are still there after ten seconds."
-    return [p for p in psutil.wait_procs(processes, timeout=10)[1] if p.status() != psutil.STATUS_ZOMBIE]
+def is_alive(processes, seconds=10):
+    "Those that are still there after some time."
+    return [p for p in psutil.wait_procs(processes, timeout=seconds)[1] if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.slow

@@ -238,7 +238,7 @@ def test_manifest_that_leaves_its_folder_is_refused(memory, machine, tmp_path, n
     manifest = read_json(made.path / "manifest.json")
     del manifest["seal"]
     manifest["files"] |= {name: {"bytes": 1, "sha256": "0"}}
-    put(memory, f"s/{made.key}/manifest.json", json.dumps({**manifest, "seal": store._seal(manifest)}).encode())
+    put(memory, f"s/{made.key}/manifest.json", json.dumps({**manifest, "seal": store.seal(manifest)}).encode())
     machine("two")
     with pytest.raises(ValueError, match=f"{memory} .*ValueError: manifest.json names {name}, which is outside its artifact"):
         artifact("s", {}, build)
