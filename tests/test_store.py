@@ -236,9 +236,19 @@ def test_killed_builder_is_taken_over(tmp_path, root):
 
 
 def test_who_waits_long_says_so_and_reads_what_the_other_made(tmp_path, root):
-    diary, progress = tmp_path / "diary", tmp_path / "progress.json"
-    first = start(SHARED, diary, 0.7)
-    wait_for(diary.exists)
+    begun, progress = tmp_path / "begun", tmp_path / "progress.json"
+    patient = """
+        import pathlib, sys, time
+        from kdnb.store import artifact
+        def build(folder):
+            pathlib.Path(sys.argv[1]).touch()
+            while not pathlib.Path(sys.argv[2]).exists():  # until the other has said that it waits
+                time.sleep(0.05)
+            (folder / "one").write_bytes(b"1")
+        artifact("s", {"n": 0}, build)
+    """
+    first = start(patient, begun, progress)
+    wait_for(begun.exists)
     script = """
         import sys
         from kdnb.store import Recipe, artifacts
@@ -246,10 +256,10 @@ def test_who_waits_long_says_so_and_reads_what_the_other_made(tmp_path, root):
         print(made.built)
     """
     second = start(script, env={**os.environ, "KDNB_PROGRESS": str(progress)})
-    assert second.communicate(timeout=20)[0] == "False\n"
+    assert second.communicate(timeout=60)[0] == "False\n"
     assert read_json(progress)["desc"] == "s: another process is making it"
-    first.kill()
-    first.communicate()
+    first.communicate(timeout=60)
+    assert first.returncode == 0
 
 
 def test_kill_between_files_then_resume(tmp_path, root):
