@@ -439,7 +439,7 @@ def _compared(cell: str, run: str, link: str, state: State) -> dict:
         plain = ((visible(str(k)), visible(number(v)), v.mean if _is_estimate(v) else v) for k, v in pairs)
         return [[k, text, float(f"{v:.6g}") if isinstance(v, (int, float)) and math.isfinite(v) else None] for k, text, v in plain]
 
-    told = [("status", state.status), ("claims", verdicts(state.claims)), ("wall time", duration(state.wall_s)), ("commit", state.run.get("commit", "")[:9])]
+    told = [("status", state.status), ("claims", verdicts(state.claims)), ("wall time", duration(state.wall_s)), ("commit", (state.run.get("commit") or "")[:9])]
     return {"title": visible(f"{run} · {cell}"), "href": link, "numbers": values(state.headline), "parameters": values(state.parameters), "about": values(told)}
 
 

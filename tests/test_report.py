@@ -237,6 +237,11 @@ def test_index_lists_every_cell(good):
     assert report.index(good).read_text() == page
 
 
+def test_index_of_a_run_outside_a_repository(tmp_path):
+    save(tmp_path / "reports" / "run" / "x=1", [new_markdown_cell("# T")], {"headline": []}, {"commit": None})
+    assert "x=1" in report.index(tmp_path / "reports").read_text()
+
+
 def test_index_of_nothing(tmp_path):
     assert "No reports yet" in report.index(tmp_path).read_text()
 
