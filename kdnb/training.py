@@ -441,7 +441,7 @@ def _cause(failures: dict[int, Any]) -> str:  # rank -> torch's ProcessFailure
 
 def _launch(folder: Path, processes: int, bar: Any, desc: str) -> None:
     "Run a job in processes of this machine."
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -449,9 +449,9 @@ def _launch(folder: Path, processes: int, bar: Any, desc: str) -> None:
     quiet.addHandler(logging.NullHandler())
     quiet.propagate = False
     local = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
-    config = LaunchConfig(1, 1, processes, run_id="kdnb", max_restarts=0, logs_specs=DefaultLogsSpecs(str(folder / "logs"), redirects=Std.ALL), **local)
+    config = LaunchConfig(1, 1, processes, run_id="kdnb", max_restarts=0, logs_specs=DefaultLogsSpecs(str(folder / "logs")), **local)
     with ThreadPoolExecutor(1) as pool:
-        launcher = pool.submit(elastic_launch(config, sys.executable), "-m", "kdnb.training", str(folder))
+        launcher = pool.submit(elastic_launch(config, sys.executable), "-m", "kdnb.training", str(folder), "silent")
         try:
             _relay(launcher, folder, bar, desc)
         except BaseException:
@@ -492,4 +492,7 @@ def train_distributed(
 if __name__ == "__main__" and "__file__" in globals():  # python -m kdnb.training FOLDER, in each process that torchrun starts
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    if sys.argv[2:] == ["silent"]:  # its errors reach `train_distributed` in a file
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     record(_work)(Path(sys.argv[1]))
