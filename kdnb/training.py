@@ -185,7 +185,7 @@ def _shared(lm: LM, shard: bool) -> torch.nn.Module:
     if world == 1:
         return network
     if not shard:
-        return torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
