@@ -103,6 +103,7 @@ class SmolLM2Params(Params):
     device: Literal["cpu", "cuda", "auto"] = "cpu"   # auto: cuda where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of networks that sample and score on cuda; a CPU computes in float32
     compile: bool = False                            # torch.compile the training on cuda
+    processes: int = Field(1, ge=1)                  # that share each training; on cuda a GPU each
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

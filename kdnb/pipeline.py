@@ -26,7 +26,7 @@ from .params import FULL_VOCAB
 from .sampling import sample_lm
 from .scoring import check_drift, log_probs, token_mass
 from .store import Recipe, artifacts, read_json, store_root, write_json
-from .training import Checkpoint, TrainConfig, train_lm
+from .training import Checkpoint, TrainConfig, train_distributed
 
 # %% ../nbs/30_pipeline.ipynb #6923fce9
 SHARD = 256             # sequences of the truth per artifact
@@ -227,15 +227,16 @@ class Pipeline:
             start = new_lm(config, make_rng(p.seed, role, seed).initial_seed(), like=self.truth)
             train, select = tokens()
             halfway = Checkpoint(store_root() / "halfway" / made.key)
-            done = train_lm(
+            done = train_distributed(
                 start, train, TrainConfig(epochs=sizes["epochs"], batch_size=p.batch_size, lr=p.lr, **extra),
-                rng=make_rng(p.seed, role, "order", seed), heldout=select, checkpoint=halfway, desc=f"{role} {seed}",
+                rng=make_rng(p.seed, role, "order", seed), heldout=select, checkpoint=halfway, desc=f"{role} {seed}", processes=p.processes,
             )
             save_lm(done.lm, folder)
             write_json(folder / "history.json", {"steps": done.history, "heldout": done.heldout})
             halfway.remove()
 
-        facts = {**facts, **sizes, "role": role, "seed": seed, "run_seed": p.seed, "batch_size": p.batch_size, "lr": p.lr, **shape, **extra}
+        shared = {"processes": p.processes} if p.processes > 1 else {}  # they add numbers in another order
+        facts = {**facts, **sizes, "role": role, "seed": seed, "run_seed": p.seed, "batch_size": p.batch_size, "lr": p.lr, **shape, **extra, **shared}
         made = Recipe(role, facts, build, tuple(r.key for r in data), (lm_module, scoring_module, training_module))
         return made
 

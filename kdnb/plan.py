@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'TOKENIZER_BYTES', 'ARTIFACT_BYTES', 'SAMPLE_BATCH', 'TRUTH_BATCH', 'SCORE_BATCH', 'DEQUANTISED_BYTES_S',
            'UTILISATION', 'BANDWIDTH_SHARE', 'LAUNCH_S', 'HOST_BYTES_S', 'ACCELERATORS', 'CALIBRATION_S',
-           'EXTRAPOLATED_SHARE', 'MOST_MEASURED', 'STAGES', 'Network', 'source_network', 'Work', 'Price', 'prices',
-           'Accelerator', 'accelerator_s', 'find_accelerator', 'measured_rate', 'Machine', 'plan', 'show', 'main']
+           'EXTRAPOLATED_SHARE', 'MOST_MEASURED', 'STAGES', 'SAMPLED_TOKENS_S', 'NODE', 'LINK_BYTES_S', 'Network',
+           'source_network', 'Work', 'Price', 'prices', 'Accelerator', 'accelerator_s', 'find_accelerator',
+           'measured_rate', 'Machine', 'plan', 'show', 'ring_bytes', 'calibrated_s', 'step_s', 'scale', 'show_scale',
+           'main']
 
 # %% ../nbs/47_plan.ipynb #a6316642
 import argparse
@@ -140,6 +142,7 @@ class Price:
     network_bytes: int = 0         # peak, with the host's or the GPU's
     array_bytes: int = 0           # peak, the host's
     other_s: float = 0.0           # what is no arithmetic
+    step: int = 0                  # sequences per optimiser step; 0: no training
 
 
 class _Pricer:
@@ -192,7 +195,7 @@ class _Pricer:
         activations = micro * self.t * (net.layers * (10 * net.width + 4 * net.inner) * self.bytes + 12 * net.vocab)
         history = 230 * epochs * math.ceil(p.n_train / batch)
         disk = ARTIFACT_BYTES + TOKENIZER_BYTES + 4 * net.n_parameters + history
-        return Price(role, (work, judged), work.tokens, disk, 24 * net.n_parameters + activations, 16 * (p.n_train + p.n_select) * self.t)
+        return Price(role, (work, judged), work.tokens, disk, 24 * net.n_parameters + activations, 16 * (p.n_train + p.n_select) * self.t, step=batch)
 
     def scores(self) -> Price:
         "Both sides under both networks; the truth's own distributions need no pass if they were kept."
@@ -456,6 +459,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds else "–"
 
 
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    "Columns: the first to the left, the others to the right."
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in lines)
+
+
 def show(
     rows: Sequence[dict],  # of `plan`
     device: str,           # the accelerator's name
@@ -466,10 +475,95 @@ def show(
         r["stage"], str(r["artifacts"]), _amount(r["tokens"]), _amount(r["flops"]), _amount(r["disk_bytes"], "B"), _amount(r["network_bytes"], "B"),
         _amount(r["array_bytes"], "B"), _duration(r["here_s"]) + "*" * r["extrapolated"], _duration(r["device_s"]),
     ] for r in rows]
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    return "\n".join("  ".join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths, strict=True))).rstrip() for line in [head, *lines])
+    return _aligned([head, *lines])
 
 # %% ../nbs/47_plan.ipynb #4a1eb42d
+SAMPLED_TOKENS_S = 9_200                # of the 1.7B on an H100: published, not measured here
+NODE = 8                                # accelerators of a machine
+LINK_BYTES_S = {True: 300e9, False: 50e9}  # bytes a second that each sends: inside one machine, between machines
+
+
+def ring_bytes(
+    parameters: int,
+    gpus: int,       # that share an optimiser step
+) -> float:          # bytes that each of them sends
+    "A ring all-reduce of float32 gradients (Patarasuk and Yuan 2009)."
+    return 2 * (gpus - 1) / gpus * 4 * parameters
+
+
+def calibrated_s(
+    work: Work,
+    device: Accelerator,
+) -> float:                # seconds
+    "`accelerator_s`, with samplers as slow as the published one."
+    known = Work("sample", PUBLISHED["1.7b"], TRUTH_BATCH, 511, TRUTH_BATCH, number_bytes=2)
+    slower = known.tokens / SAMPLED_TOKENS_S / accelerator_s(known, ACCELERATORS["h100"])
+    return accelerator_s(work, device) * (slower if work.kind == "sample" else 1)
+
+
+def step_s(
+    price: Price,               # of a training
+    device: Accelerator,
+    gpus: int,                  # that share it
+) -> tuple[float, float]:       # seconds of arithmetic and of sending
+    "An optimiser step, shared."
+    train, mine = price.work[0], math.ceil(price.step / gpus)
+    share = train._replace(sequences=mine, batch=min(train.batch, mine))
+    return accelerator_s(share, device), ring_bytes(train.network.n_parameters, gpus) / LINK_BYTES_S[gpus <= NODE]
+
+
+def _side_by_side(trainings: Sequence[Price], device: Accelerator, gpus: int) -> dict:
+    "Trainings of one stage in groups of one size, the size that ends first."
+    def with_groups(group: int) -> dict:
+        rounds = math.ceil(len(trainings) / (gpus // group))
+        train, judged = trainings[0].work
+        steps = math.ceil(train.sequences / trainings[0].step)
+        one_s = steps * sum(step_s(trainings[0], device, group)) + accelerator_s(judged, device) / group
+        return {"wall_s": rounds * one_s, "group": group, "sent_bytes": rounds * steps * ring_bytes(train.network.n_parameters, group)}
+
+    return min((with_groups(g) for g in range(1, min(gpus, trainings[0].step) + 1)), key=lambda way: way["wall_s"])
+
+
+def scale(
+    bill: Sequence[Price],  # of a run
+    device: Accelerator,
+    gpus: int,              # >= 1
+) -> list[dict]:            # one per stage, the total last
+    "Wall time of each stage, the accelerators that share a step, and the bytes that each sends."
+    if gpus < 1:
+        raise ValueError(f"--gpus must be >= 1, got {gpus}")
+    rows = []
+    for stage, name in STAGES.items():
+        mine = [p for p in bill if p.stage == stage]
+        if any(p.step for p in mine):
+            rows.append({"stage": name, **_side_by_side(mine, device, gpus)})
+            continue
+        works = [w for p in mine for w in p.work]
+        batches = sum(math.ceil(w.sequences / w.batch) for w in works)
+        seconds = sum(calibrated_s(w, device) for w in works)
+        shared_s = seconds * math.ceil(batches / gpus) / batches if works else 0.0
+        rows.append({"stage": name, "wall_s": sum(p.other_s for p in mine) + shared_s, "group": 0, "sent_bytes": 0.0})
+    return [*rows, {"stage": "total", "group": 0, **{name: sum(r[name] for r in rows) for name in ("wall_s", "sent_bytes")}}]
+
+
+def show_scale(
+    bill: Sequence[Price],
+    device: Accelerator,
+    gpus: Sequence[int],
+) -> str:
+    "Wall time by stage and number of accelerators, and what they cost."
+    columns = [scale(bill, device, n) for n in gpus]
+    one_s = scale(bill, device, 1)[-1]["wall_s"]
+    lines = [["stage", *(f"{n} GPU{'s' * (n > 1)}" for n in gpus)]]
+    for rows in zip(*columns, strict=True):
+        lines.append([rows[0]["stage"], *(_duration(r["wall_s"]) + (f" ({r['group']})" if r["group"] else "") for r in rows)])
+    totals = [(n, rows[-1]) for n, rows in zip(gpus, columns, strict=True)]
+    lines.append(["GPU-hours", *(f"{n * t['wall_s'] / 3600:,.0f}" for n, t in totals)])
+    lines.append(["efficiency", *(f"{one_s / n / t['wall_s']:.0%}" for n, t in totals)])
+    lines.append(["sent by each", *(_amount(t["sent_bytes"], "B") for _, t in totals)])
+    return _aligned(lines)
+
+# %% ../nbs/47_plan.ipynb #7730a47b
 def _parser() -> Parser:
     "The command line of kdnb_plan."
     notes = """Nothing is run but a calibration of about ten seconds. Stages that cells share
@@ -479,6 +573,7 @@ in training (Kaplan et al. 2020); * is extrapolated from FLOPs."""
     made = parser("kdnb_plan", "Say what a run of the SmolLM2 experiment will cost.", "kdnb_plan params/smollm2-gpu.yaml params/smollm2-paper.yaml --device a100", notes, {0: "planned"})
     made.add_argument("files", nargs="+", metavar="FILE", help="run file (YAML)")
     made.add_argument("--device", default="h100", metavar="NAME", help=f"accelerator to compare with: {', '.join(ACCELERATORS)} (default: %(default)s)")
+    made.add_argument("--gpus", type=int, nargs="+", metavar="N", help="wall time on that many accelerators, without a calibration of this machine")
     made.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
     return made
 
@@ -513,11 +608,31 @@ def _place(run: RunFile) -> tuple[str, str]:  # device and dtype
     return "cuda", run.params.get("dtype", "float32")
 
 
+def _scale_report(names: Sequence[str], bills: Sequence[list[Price]], args: argparse.Namespace) -> str:
+    "The plan of every file on many accelerators, as text or JSON."
+    device, counts = ACCELERATORS[args.device], list(dict.fromkeys(args.gpus))
+    if args.json:
+        plans = zip(names, bills, strict=True)
+        return json.dumps([{"run": name, "accelerator": args.device, "gpus": {n: scale(bill, device, n) for n in counts}} for name, bill in plans], indent=1)
+    texts = []
+    for name, bill in zip(names, bills, strict=True):
+        facts = f"{_amount(sum(p.tokens for p in bill))} tokens, {_amount(sum(p.disk_bytes for p in bill), 'B')} on disk"
+        notes = (
+            f"in brackets: {args.device}s that share each step of a training; stages one after another, seeds and temperatures side by side, batches of samples and scores shared out\n"
+            f"assumed: samplers in proportion to {SAMPLED_TOKENS_S:,} tokens/s of the 1.7B on an h100; each sends {_amount(LINK_BYTES_S[True], 'B/s')} inside a machine of {NODE} and {_amount(LINK_BYTES_S[False], 'B/s')} between machines, not hidden behind arithmetic"
+        )
+        table = f"{name}: {facts}\n{show_scale(bill, device, counts)}"
+        texts.append(table if args.quiet else f"{table}\n{notes}")
+    return "\n\n".join(texts)
+
+
 def _report(args: argparse.Namespace) -> str:
     "The plan of every file, as text or JSON."
     device = find_accelerator(args.device)
     runs = [load_run(file) for file in args.files]
     bills = [prices(run) for run in runs]  # all mistakes before any calibration
+    if args.gpus:
+        return _scale_report([run.name for run in runs], bills, args)
     plans = []
     for run, bill in zip(runs, bills, strict=True):
         machine = Machine([w for p in bill for w in p.work], *_place(run), run.workers)

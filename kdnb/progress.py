@@ -57,6 +57,8 @@ def track(
 ) -> Any:                              # a tqdm bar: iterable, and a context manager with `update`
     "A progress bar with rate and remaining time, where somebody is looking."
     options = {"iterable": iterable, "total": total, "desc": desc, "unit": unit}
+    if int(os.environ.get("RANK") or 0) > 0:
+        return tqdm(**options, disable=True)
     if os.environ.get("KDNB_PROGRESS"):
         return FileBar(**options, file=io.StringIO(), mininterval=0.5)
     if not is_watched():

@@ -279,6 +279,7 @@ def test_a_copy_with_another_parameter_is_checked_by_types(folder):
         (SmolLM2Params, {"micro_batch": 0}, "micro_batch must be an integer >= 1 or nothing, got 0"),
         (SmolLM2Params, {"device": "gpu"}, 'device must be "cpu" or "cuda" or "auto", got \'gpu\''),
         (SmolLM2Params, {"dtype": "float16"}, 'dtype must be "float32" or "bfloat16", got \'float16\''),
+        (SmolLM2Params, {"processes": 0}, "processes must be an integer >= 1, got 0"),
         (SmolLM2Params, {"lr": 2}, "lr must be a number > 0 and <= 1, got 2"),
         (SmolLM2Params, {"prompt": ""}, "prompt must be text of length >= 1, got ''"),
         (SmolLM2Params, {"seed": -1}, "seed must be an integer >= 0, got -1"),

@@ -176,3 +176,84 @@ def test_amounts(value, unit, text):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "–"), (0.04, "0.0 s"), (89, "89.0 s"), (91, "1.5 min"), (86_400, "24.0 h"), (3 * 365 * 86_400, "3.0 a")])
 def test_durations(seconds, text):
     assert p._duration(seconds) == text
+
+
+# ---- many accelerators ----
+
+H100 = p.ACCELERATORS["h100"]
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """Everything that the paper's run asks for."""
+    return p.prices(load_run(ROOT / "params/smollm2-paper.yaml"))
+
+
+def test_sampling_is_calibrated_on_the_published_rate():
+    """10 million sequences of 511 tokens at 9,200 tokens a second are 154 hours."""
+    hours = p.calibrated_s(p.Work("sample", p.PUBLISHED["1.7b"], 256 * 40_000, 511, 256, number_bytes=2), H100) / 3600
+    assert hours == pytest.approx(256 * 40_000 * 511 / 9_200 / 3600, rel=1e-9)
+    assert hours * 10_000_000 / (256 * 40_000) == pytest.approx(154.3, abs=0.05)
+
+
+def test_a_ring_sends_every_number_twice_but_for_its_own_part():
+    assert [p.ring_bytes(1000, g) for g in (1, 2, 4, 8)] == [0, 4000, 6000, 7000]
+
+
+def test_a_shared_step_by_hand(paper):
+    """The teacher of 361,821,120 parameters: 256 sequences of 511 tokens after one of the prompt, 32 at a time, on eight and on sixteen."""
+    teacher = next(x for x in paper if x.stage == "teacher")
+    flops = 3 * (2 * 314_572_800 * 511 + 4 * 32 * 960 * 511 * 511 + 2 * 49_152 * 960 * 511)  # of a sequence; the matrices of the layers have 314,572,800
+    arithmetic, sending = p.step_s(teacher, H100, 8)
+    assert arithmetic == pytest.approx(max(32 * flops / (0.4 * 989e12), 3 * 32 * 0.8e-3))
+    assert sending == pytest.approx(7 * 361_821_120 / 300e9)
+    arithmetic, sending = p.step_s(teacher, H100, 16)
+    assert arithmetic == pytest.approx(3 * 32 * 0.8e-3)  # 16 sequences: kernels are started no faster
+    assert sending == pytest.approx(7.5 * 361_821_120 / 50e9)
+
+
+def test_one_accelerator_takes_as_long_as_all_the_work(paper):
+    *stages, total = p.scale(paper, H100, 1)
+    assert total["wall_s"] == pytest.approx(sum(p.calibrated_s(w, H100) for x in paper for w in x.work), rel=1e-4)
+    assert total["sent_bytes"] == 0
+    assert [row["stage"] for row in stages] == list(p.STAGES.values())
+
+
+def test_trainings_stand_side_by_side_in_the_groups_that_end_first():
+    """Five equal trainings whose arithmetic is all there is: two groups of four in three rounds, or one of eight in five."""
+    net = p.Network(10, 64, 1, 1, 1, 64)
+    price = p.Price("teacher", (p.Work("train", net, 64_000, 100_000, 64), p.Work("heldout", net, 1, 100, 1)), step=64)
+    whole = p.step_s(price, H100, 1)[0]
+    rows = {n: next(r for r in p.scale([price] * 5, H100, n) if r["stage"] == "teachers") for n in (1, 5, 8)}
+    assert (rows[1]["group"], rows[5]["group"], rows[8]["group"]) == (1, 1, 8)
+    assert rows[1]["wall_s"] == pytest.approx(5 * 1000 * whole, rel=2e-3)
+    assert rows[5]["wall_s"] == pytest.approx(1000 * whole, rel=2e-3)
+    assert rows[8]["wall_s"] == pytest.approx(5 * 1000 * sum(p.step_s(price, H100, 8)), rel=2e-3)
+    assert rows[8]["sent_bytes"] == 5 * 1000 * 7 * net.n_parameters
+
+
+def test_a_step_has_no_more_parts_than_sequences():
+    net = p.PUBLISHED["1.7b"]
+    price = p.Price("teacher", (p.Work("train", net, 640, 500_000, 4), p.Work("heldout", net, 4, 8, 4)), step=4)
+    assert next(r for r in p.scale([price], H100, 1000) if r["stage"] == "teachers")["group"] == 4
+
+
+def test_more_accelerators_are_never_slower_nor_better_than_their_number(paper):
+    walls = {n: p.scale(paper, H100, n)[-1]["wall_s"] for n in (1, 2, 8, 64, 512)}
+    assert list(walls.values()) == sorted(walls.values(), reverse=True)
+    assert all(walls[1] / n <= wall * (1 + 1e-9) for n, wall in walls.items())
+
+
+def test_the_command_plans_many_accelerators_without_measuring_this_machine(capsys, monkeypatch, paper):
+    monkeypatch.setattr(p, "Machine", None)
+    file = str(ROOT / "params/smollm2-paper.yaml")
+    assert p.main([file, "--gpus", "8", "512"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("smollm2-paper: 365 G tokens, 1.11 TB on disk\nstage")
+    assert said.splitlines()[1].split() == ["stage", "8", "GPUs", "512", "GPUs"]
+    assert "9,200 tokens/s of the 1.7B on an h100" in said
+    assert p.main([file, "--gpus", "8", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["gpus"]["8"] == p.scale(paper, H100, 8)
+    assert p.main([file, "--gpus", "0"]) == 2
+    assert capsys.readouterr().err == "kdnb_plan: --gpus must be >= 1, got 0\n"

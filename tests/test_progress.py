@@ -36,6 +36,13 @@ def test_a_terminal_sees_a_bar():
     assert "3/3" in shown
 
 
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_of_processes_that_train_together_the_first_shows_a_bar(progress_file, monkeypatch, rank, shown):
+    monkeypatch.setenv("RANK", rank)
+    assert list(track(range(3))) == [0, 1, 2]
+    assert progress_file.exists() == shown
+
+
 def test_file_says_where_the_loop_is(progress_file):
     with track(total=10, desc="fit", unit="step") as bar:
         first = json.loads(progress_file.read_text())
