@@ -352,7 +352,8 @@ def killed_runs(command, reports, stores, sockets, kills, seconds, seed, fresh):
             try:
                 process.wait(rng.uniform(0, seconds))
             except subprocess.TimeoutExpired:
-                at = sorted({p.parent.name for p in Path(env["KDNB_STORE"]).glob("*/*.tmp-*")}) or ["between artifacts"]
+                parts = Path(env["KDNB_STORE"]).glob("*/*.tmp-*")  # those of killed builders lie there until the stage is built again
+                at = sorted({p.parent.name for p in parts if psutil.pid_exists(int(p.name.rpartition("-")[2]))}) or ["between artifacts"]
                 told.update([*(f"in {stage}" for stage in at), victim, "killed"])
                 strike(process, victim, rng)
             else:
