@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -315,6 +316,54 @@ def test_a_store_that_is_read_only(small, disk, monkeypatch):
 # --- killed -------------------------------------------------------------------------------------
 
 
+def at_work(place):
+    "Stages whose builder is alive; what killed builders left lies there until their stage is built again."
+    return sorted({p.parent.name for p in place.glob("*/*.tmp-*") if psutil.pid_exists(int(p.name.rpartition("-")[2]))}) or ["between artifacts"]
+
+
+def everything(cell):
+    return [*numbers(cell), *(cell.embeddings("truth", s) for s in range(2)), *(w for lm, _ in cell.teachers() for w in lm.model.parameters())]
+
+
+def fork(work):
+    "Id of a child that works and ends, without a word to pytest."
+    if (pid := os.fork()) == 0:
+        try:
+            store._sound.clear()
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize("kills", [5, pytest.param(10 * KILLS, marks=pytest.mark.chaos)])
+def test_kills_of_a_pipeline_in_every_stage(small, often, monkeypatch, kills, tmp_path, record_property):
+    "A fork computes everything and is killed, another goes on in the same store, until one finishes; then anew."
+    load_lm(PACKAGED)
+    begun = time.monotonic()
+    before = everything(small())
+    seconds, rng, told, runs = time.monotonic() - begun, random.Random(3), Counter(), 0
+    while told["killed"] < kills:
+        monkeypatch.setenv("KDNB_STORE", str(tmp_path / f"store-{runs}"))
+        while (pid := fork(lambda: everything(small()))) and told["killed"] < kills:
+            time.sleep(rng.uniform(0, 0.7 * seconds))
+            at = at_work(store.store_root())
+            os.kill(pid, signal.SIGKILL)
+            if os.waitpid(pid, 0)[1] == 0:
+                break  # it had finished before
+            told.update(["killed", *(f"in {stage}" for stage in at)])
+        else:
+            assert os.waitpid(pid, 0)[1] == 0
+        assert not any(a.built for a in artifacts(small().recipes()))
+        assert all(map(torch.equal, everything(small()), before))
+        assert not list(store.store_root().glob("*/*.tmp-*"))
+        runs += 1
+    where = ", ".join(f"{name} {n}" for name, n in sorted(told.items()) if name != "killed")
+    record_property("figures", (f"SIGKILL of a small pipeline ({runs} runs; {where})", told["killed"], told["killed"], told["killed"]))
+
+
 def all_metrics(run):
     return {p.parent.name: p.read_bytes() for p in sorted(run.glob("*/metrics.json"))}
 
@@ -352,8 +401,7 @@ def killed_runs(command, reports, stores, sockets, kills, seconds, seed, fresh):
             try:
                 process.wait(rng.uniform(0, seconds))
             except subprocess.TimeoutExpired:
-                at = sorted({p.parent.name for p in Path(env["KDNB_STORE"]).glob("*/*.tmp-*")}) or ["between artifacts"]
-                told.update([*(f"in {stage}" for stage in at), victim, "killed"])
+                told.update([*(f"in {stage}" for stage in at_work(Path(env["KDNB_STORE"]))), victim, "killed"])
                 strike(process, victim, rng)
             else:
                 break
