@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -285,7 +286,7 @@ def test_truth_teachers_students_and_scores_of_actors_are_those_of_one_process(f
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(folder):
     file = write_run(folder, "grid: {x: [1, 2]}\nworkers: 2", WAIT, MEASURE)
-    process = subprocess.Popen([*COMMAND, str(file), "--engine", "ray"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, str(file), "--engine", "ray"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         wait_for(lambda: list(folder.glob("began-1-*")) and list(folder.glob("began-2-*")))
         family = psutil.Process(process.pid).children(recursive=True)
@@ -294,7 +295,7 @@ def test_ctrl_c_leaves_nothing_behind(folder):
         assert "gcs_server" in names
         assert names.count("ipykernel_launcher") == 2
         assert {c.laddr.ip.removeprefix("::ffff:") for p in family for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process that has not left the group
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
