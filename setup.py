@@ -1,4 +1,5 @@
 """Package metadata, all of it from settings.ini."""
+import itertools
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,8 +10,7 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 readme = here / "README.md"
-geometry = cfg["geometry_requirements"].split()
-s3 = cfg["s3_requirements"].split()
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("geometry", "s3", "ray")}
 
 setup(
     name=cfg["lib_name"],
@@ -32,7 +32,7 @@ setup(
     package_data={"kdnb": ["assets/**/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"geometry": geometry, "s3": s3, "dev": [*cfg["dev_requirements"].split(), *geometry, *s3]},
+    extras_require={**extras, "dev": [*cfg["dev_requirements"].split(), *itertools.chain(*extras.values())]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'NOTEBOOK', 'REPORT', 'LOG', 'PARTIAL', 'PROGRESS', 'RESULTS', 'PRODUCTS', 'RUNNING', 'Package',
-           'fingerprint', 'source_path', 'clean_notebook', 'Job', 'is_finished', 'end_tree', 'threads_per_kernel',
-           'run_jobs', 'run_grid', 'publish', 'main', 'executed_cells', 'report_main']
+           'fingerprint', 'source_path', 'clean_notebook', 'Job', 'is_finished', 'end_tree', 'Attempt',
+           'threads_per_kernel', 'Processes', 'run_jobs', 'Tasks', 'run_grid', 'publish', 'main', 'executed_cells',
+           'report_main']
 
 # %% ../nbs/42_grid.ipynb #a6316642
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -218,7 +220,7 @@ def _execute(job: Job) -> str:
 
 
 def _work(job: Job, environment: dict) -> None:
-    "All that a worker process does."
+    "All that the process of a job does."
     os.setsid()
     threading.Thread(target=_follow_parent, daemon=True).start()
     with open(job.folder / LOG, "wb") as log:
@@ -230,11 +232,89 @@ def _work(job: Job, environment: dict) -> None:
     start = time.perf_counter()
     _finish(job, _execute(job), time.perf_counter() - start)
 
+
+def _clear(job: Job) -> None:
+    "An empty folder for a job."
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for path in (*(job.folder / name for name in PRODUCTS), *job.folder.glob(".*.part")):
+        path.unlink(missing_ok=True)
+
+
+class Attempt:
+    "The process of one job, from its start to its status."
+
+    def __init__(
+        self,
+        job: Job,
+        environment: dict,        # of its kernel
+        timeout_s: float | None,
+    ):
+        self.job, self.timeout_s = job, timeout_s
+        _clear(job)
+        self.process = _server().Process(target=_work, args=(job, environment))
+        self.process.start()
+        self.start = time.monotonic()
+
+    def is_over(self) -> bool:
+        "Whether the job has its status; a process that is late is ended, and one that died is noticed."
+        wall_s = time.monotonic() - self.start
+        late = self.timeout_s is not None and wall_s > self.timeout_s
+        if self.process.is_alive() and not late:
+            return False
+        self.end()
+        if not (self.job.folder / STATUS).is_file():
+            died = f"ChildProcessError: the worker ended with exit code {self.process.exitcode}"
+            _finish(self.job, f"TimeoutError: cell must end within timeout_s = {self.timeout_s:g} s" if late else died, wall_s)
+        return True
+
+    def end(self) -> None:
+        "End the process, its kernel, and whatever the kernel started."
+        if self.process.is_alive():
+            end_tree(self.process.pid)
+        self.process.join()
+
 # %% ../nbs/42_grid.ipynb #f95c9363
-def threads_per_kernel(workers: int) -> int:
-    "Cores divided by workers, unless OMP_NUM_THREADS says otherwise."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // workers))
+def threads_per_kernel(
+    cpus: int,  # that the run file asks for
+) -> int:
+    "The same wherever a cell runs, unless OMP_NUM_THREADS says otherwise."
+    return int(os.environ.get("OMP_NUM_THREADS") or cpus)
+
+
+class Processes:
+    "Jobs as processes of this machine."
+
+    def __init__(
+        self,
+        resources: Any,           # `kdnb.params.Resources` of each job
+        timeout_s: float | None,  # of each job
+    ):
+        self.timeout_s = timeout_s
+        self.running: list[Attempt] = []
+        self.sockets = tempfile.TemporaryDirectory(prefix="kdnb-")
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_kernel(resources.cpus)), "JUPYTER_RUNTIME_DIR": self.sockets.name}
+
+    def start(self, job: Job) -> None:
+        "Begin a job."
+        self.running.append(Attempt(job, self.environment, self.timeout_s))
+
+    @property
+    def jobs(self) -> list[Job]:
+        "Jobs that run."
+        return [attempt.job for attempt in self.running]
+
+    def over(self) -> list[Job]:
+        "Jobs that have ended since; waits half a second if none has."
+        multiprocessing.connection.wait([attempt.process.sentinel for attempt in self.running], timeout=0.5)
+        over = [attempt for attempt in self.running if attempt.is_over()]
+        self.running = [attempt for attempt in self.running if attempt not in over]
+        return [attempt.job for attempt in over]
+
+    def close(self) -> None:
+        "End what still runs."
+        for attempt in self.running:
+            attempt.end()
+        self.sockets.cleanup()
 
 
 def _stage(job: Job) -> str:
@@ -255,52 +335,83 @@ def _describe(job: Job, status: dict) -> str:
 
 def run_jobs(
     jobs: Sequence[Job],
-    workers: int,             # at a time
-    threads: int,             # of each kernel
-    timeout_s: float | None,  # of each job
-    bar: Any,                 # tqdm; advanced by one per job
-    quiet: bool = False,      # no line per job
-) -> dict[str, dict]:         # name -> status
-    "Execute jobs in worker processes, past failures."
-    context = _server()
-    waiting, running, done = list(jobs), {}, {}
-    with tempfile.TemporaryDirectory(prefix="kdnb-") as sockets:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "JUPYTER_RUNTIME_DIR": sockets}
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    job = waiting.pop(0)
-                    job.folder.mkdir(parents=True, exist_ok=True)
-                    for path in (*(job.folder / name for name in PRODUCTS), *job.folder.glob(".*.part")):
-                        path.unlink(missing_ok=True)
-                    process = context.Process(target=_work, args=(job, environment))
-                    process.start()
-                    running[process] = (job, time.monotonic())
-                multiprocessing.connection.wait([p.sentinel for p in running], timeout=0.5)
-                for process, (job, start) in list(running.items()):
-                    wall_s = time.monotonic() - start
-                    late = timeout_s is not None and wall_s > timeout_s
-                    if process.is_alive() and not late:
-                        continue
-                    if process.is_alive():
-                        end_tree(process.pid)
-                    process.join()
-                    if not (job.folder / STATUS).is_file():
-                        died = f"ChildProcessError: the worker ended with exit code {process.exitcode}"
-                        _finish(job, f"TimeoutError: cell must end within timeout_s = {timeout_s:g} s" if late else died, wall_s)
-                    del running[process]
-                    done[job.name] = read_json(job.folder / STATUS)
-                    bar.update()
-                    if not quiet:
-                        tqdm.write(_describe(job, done[job.name]))
-                bar.set_postfix_str(" · ".join(_stage(job) for job, _ in running.values()))
-        finally:
-            for process in running:
-                end_tree(process.pid)
-                process.join()
+    engine: Any,         # `Processes`, or `Tasks` of a cluster
+    workers: int,        # jobs at a time
+    bar: Any,            # tqdm; advanced by one per job
+    quiet: bool = False, # no line per job
+) -> dict[str, dict]:    # name -> status
+    "Execute jobs, past failures."
+    waiting, done = list(jobs), {}
+    try:
+        while waiting or engine.jobs:
+            while waiting and len(engine.jobs) < workers:
+                engine.start(waiting.pop(0))
+            for job in engine.over():
+                done[job.name] = read_json(job.folder / STATUS)
+                bar.update()
+                if not quiet:
+                    tqdm.write(_describe(job, done[job.name]))
+            bar.set_postfix_str(" · ".join(_stage(job) for job in engine.jobs if (job.folder / LOG).exists()))
+    finally:
+        engine.close()
     return done
 
 # %% ../nbs/42_grid.ipynb #4a1eb42d
+def _attend(
+    job: Job,
+    settings: dict,           # for the environment, besides the node's own
+    timeout_s: float | None,
+) -> None:
+    "All that a task of a cluster does."
+    with tempfile.TemporaryDirectory(prefix="kdnb-") as sockets:
+        attempt = Attempt(job, {**os.environ, **settings, "JUPYTER_RUNTIME_DIR": sockets}, timeout_s)
+        try:
+            while not attempt.is_over():
+                attempt.process.join(0.2)  # the request to stop is an exception, and comes between two lines of Python
+        finally:
+            attempt.end()
+
+
+class Tasks:
+    "Jobs as tasks of a cluster."
+
+    def __init__(
+        self,
+        resources: Any,           # `kdnb.params.Resources` of each job
+        timeout_s: float | None,  # of each job, once it runs
+        cluster: Any,             # `kdnb.cluster.Cluster`
+    ):
+        self.resources, self.timeout_s, self.cluster = resources, timeout_s, cluster
+        self.settings = {name: value for name, value in os.environ.items() if name.startswith("KDNB_")}
+        self.settings |= {"OMP_NUM_THREADS": str(threads_per_kernel(resources.cpus)), **cluster.helpers(resources)}
+        self.running: dict[Any, Job] = {}
+
+    def start(self, job: Job) -> None:
+        "Hand over a job."
+        _clear(job)
+        self.running[self.cluster.submit(self.resources, _attend, job, self.settings, self.timeout_s)] = job
+
+    @property
+    def jobs(self) -> list[Job]:
+        "Jobs that run, or wait for a node."
+        return list(self.running.values())
+
+    def over(self) -> list[Job]:
+        "Jobs that have ended since; waits half a second if none has."
+        over = []
+        for task, error in self.cluster.over(list(self.running)):
+            over.append(job := self.running.pop(task))
+            if error:  # not the job's: that is in its status
+                _finish(job, error, 0.0)
+            if not (job.folder / STATUS).is_file():
+                raise ValueError(f"--out must be a folder that all nodes of the cluster share, got {job.folder.parent.parent}")
+        return over
+
+    def close(self) -> None:
+        "End what still runs."
+        self.cluster.cancel(list(self.running))
+
+# %% ../nbs/42_grid.ipynb #7730a47b
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     "Hold a run's folder; say so if another process has it, and wait."
@@ -368,14 +479,13 @@ def run_grid(
     workers: int | None = None,  # omitted: as the run file says
     force: bool = False,         # execute finished cells again
     quiet: bool = False,         # no line per cell
+    engine: Callable = Processes,  # makes what runs jobs, from their resources and seconds
 ) -> dict[str, dict]:            # name -> status of every cell and of the summary
     "Execute what is not finished of a run, then its summary, reports and index."
     from kdnb.params import cells
 
     out = writable_folder(out, "--out")
     folder = writable_folder(_confined(out / run.name, out), "--out")
-    workers = workers or run.workers
-    threads = threads_per_kernel(workers)
     package = Package.find()
     with _alone(folder):
         jobs = [Job(c.name, c.notebook, folder / c.name, c.params, fingerprint(c.notebook, c.params, package)) for c in cells(run)]
@@ -388,11 +498,11 @@ def run_grid(
         write_sealed(folder / RUNNING, {"params": {job.name: job.params for job in jobs}})
         with track(total=len(jobs) + bool(run.summary), desc=run.name, unit="cell") as bar:
             bar.initial = bar.n = len(jobs) - len(todo)  # so that the remaining time is that of cells that run
-            done = run_jobs(todo, workers, threads, run.timeout_s, bar, quiet)
+            done = run_jobs(todo, engine(run.resources, run.timeout_s), workers or run.workers, bar, quiet) if todo else {}
             if run.summary:
                 jobs.append(_summary_job(run, folder, jobs, package))
                 if force or done or not is_finished(jobs[-1]):
-                    done |= run_jobs(jobs[-1:], 1, threads, run.timeout_s, bar, quiet)
+                    done |= run_jobs(jobs[-1:], engine(run.resources, run.timeout_s), 1, bar, quiet)
                 else:
                     bar.update()
         (folder / RUNNING).unlink()
@@ -402,7 +512,7 @@ def run_grid(
                 statuses[job.name]["report_error"] = "" if (job.folder / REPORT).is_file() else _render(job.folder)
     return statuses
 
-# %% ../nbs/42_grid.ipynb #7730a47b
+# %% ../nbs/42_grid.ipynb #b07442f5
 def publish(
     folder: Path,            # reports/<run>
     names: Sequence[str],    # its cells, and "summary"
@@ -419,7 +529,7 @@ def publish(
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
 
-# %% ../nbs/42_grid.ipynb #b07442f5
+# %% ../nbs/42_grid.ipynb #e5c327d8
 def _parser() -> Parser:
     "The command line of kdnb_run."
     def count(text):
@@ -431,10 +541,12 @@ def _parser() -> Parser:
 command continues. Open reports/index.html to read the results."""
     statuses = {0: "every cell succeeded and has its report", 1: "some cell, summary or report failed; they are listed at the end"}
     made = parser("kdnb_run", "Run a notebook over a grid of parameters.", "kdnb_run params/gmm.yaml params/smollm2-laptop.yaml --workers 2", notes, statuses)
-    made.add_argument("files", nargs="+", metavar="FILE", help="run file (YAML): notebook, params, grid, workers, timeout_s")
+    made.add_argument("files", nargs="+", metavar="FILE", help="run file (YAML): notebook, params, grid, workers, timeout_s, resources")
     made.add_argument("--out", default="reports", metavar="DIR", help="folder of all reports (default: %(default)s)")
     made.add_argument("--workers", type=count, metavar="N", help="cells at a time (default: as the run file says)")
     made.add_argument("--force", action="store_true", help="execute finished cells again, and an interrupted run with changed parameters")
+    made.add_argument("--engine", choices=["local", "ray"], default="local", help="processes of this machine, or tasks of a Ray cluster (default: %(default)s)")
+    made.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster that runs (default: one is started on this machine); cells at a time are as many as it has room for")
     made.add_argument("--publish", action="store_true", help="copy notebooks and metrics to DIR/published if all succeeded")
     return made
 
@@ -473,16 +585,37 @@ def _index_in_worker(out: Path) -> str:
         return pool.submit(_index, out.absolute()).result()
 
 
+@contextmanager
+def _engine(args: argparse.Namespace, runs: Sequence) -> Iterator[Callable]:
+    "What the options ask for: processes, or tasks of a cluster that is started when the first of them is."
+    if args.engine == "ray":
+        from kdnb.cluster import Cluster
+
+        with Cluster(args.address, max((args.workers or run.workers) * run.resources.cpus for run in runs)) as cluster:
+            yield functools.partial(Tasks, cluster=cluster)
+    elif args.address:
+        raise ValueError(f"--address must come with --engine ray, got {args.address}")
+    else:
+        yield Processes
+
+
 def _run_all(args: argparse.Namespace) -> list[str]:  # one line for each thing that failed
     "Run every file in turn."
     from kdnb.params import ParamsError
 
-    failed, out, changed = [], Path(args.out), False
     runs = _load_all(args.files)
     if lines := [line for run in runs if not args.force for line in _other_parameters(run, out / run.name)]:
         raise ParamsError(lines)
+    with _engine(args, runs) as engine:
+        return _run_each(args, runs, engine)
+
+
+def _run_each(args: argparse.Namespace, runs: Sequence, engine: Callable) -> list[str]:
+    "The same with an engine."
+    failed, out, changed = [], Path(args.out), False
     for run in runs:
-        statuses = run_grid(run, out, args.workers, args.force, args.quiet)
+        workers = args.workers or (sys.maxsize if args.address else run.workers)
+        statuses = run_grid(run, out, workers, args.force, args.quiet, engine)
         errors = [f"{run.name}/{name}: {s['error']}" for name, s in statuses.items() if s["error"]]
         errors += [f"{run.name}/{name}: report not made: {s['report_error']}" for name, s in statuses.items() if s["report_error"]]
         ran = [s["ran"] for s in statuses.values()]
@@ -507,7 +640,7 @@ def main(
     "kdnb_run: run a notebook over a grid of parameters."
     return run_command(_parser(), _run_all, argv, interrupted="interrupted; the same command continues")
 
-# %% ../nbs/42_grid.ipynb #e5c327d8
+# %% ../nbs/42_grid.ipynb #32b273b6
 def executed_cells(
     folder: Path,  # of one cell, of one run, or of all runs
 ) -> list[Path]:   # folders

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'FULL_VOCAB', 'MODELS', 'KINDS', 'BOUNDS', 'TYPES', 'MOST_CELLS', 'ParamsError', 'Params', 'GmmParams',
-           'SmolLM2Params', 'describe', 'nearest', 'find_problems', 'read_parameters', 'params_model', 'RunFile',
-           'Cell', 'cells', 'load_run']
+           'SmolLM2Params', 'describe', 'nearest', 'find_problems', 'read_parameters', 'params_model', 'Resources',
+           'RunFile', 'Cell', 'cells', 'load_run']
 
 # %% ../nbs/03_params.ipynb #a6316642
 import ast
@@ -19,7 +19,7 @@ import operator
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -232,6 +232,20 @@ class _RunKeys(Params):
     cases: dict = {}
     workers: int = Field(1, ge=1)
     timeout_s: Annotated[float, Field(gt=0)] | None = None
+    resources: dict = {}
+
+
+class Resources(Params):
+    "What one cell is given; on a cluster, each of its helpers, too."
+    cpus: int = Field(1, ge=1)       # threads, whoever runs the cell
+    gpus: float = Field(0, ge=0)     # of a cluster; below 1: a share of one
+    memory_gb: Annotated[float, Field(gt=0)] | None = None  # of a cluster; omitted: none is set aside
+
+    @model_validator(mode="after")
+    def _whole_gpus(self):
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus must be <= 1 or whole, got {self.gpus}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -245,6 +259,7 @@ class RunFile:
     cases: dict              # stem of a notebook -> what its cells are given besides, or in place of `params`
     workers: int             # cells at a time
     timeout_s: float | None  # seconds that a cell may take
+    resources: Resources = field(default_factory=Resources)
 
 # %% ../nbs/03_params.ipynb #3b4708b8
 @dataclass(frozen=True)
@@ -404,10 +419,12 @@ def _load(path: Path) -> RunFile:
     if lines := find_problems(_RunKeys, found, "a run file"):
         raise ParamsError(lines)
     spec = _RunKeys(**found)
+    if lines := find_problems(Resources, spec.resources, "resources"):
+        raise ParamsError(lines)
     notebook = _place(path.parent, spec.notebook)
     beside = notebook.parent / f"{notebook.stem}_summary.ipynb"
     summary = _place(path.parent, spec.summary) if spec.summary else beside if _is_file(beside) else None
-    run = RunFile(path.stem, notebook, summary, spec.params, spec.grid, spec.cases, spec.workers, spec.timeout_s)
+    run = RunFile(path.stem, notebook, summary, spec.params, spec.grid, spec.cases, spec.workers, spec.timeout_s, Resources(**spec.resources))
     if lines := _problems(run, spec.notebook):
         raise ParamsError(lines)
     if summary and not _is_file(summary):

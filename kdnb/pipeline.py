@@ -22,7 +22,7 @@ from . import training as training_module
 from .core import Estimate, Ruler, estimate, make_rng, ruler
 from .geometry import embed
 from .lm import LM, Tokens, keep_vocab, llama_config, load_lm, load_tokens, new_lm, save_lm, save_tokens
-from .params import FULL_VOCAB
+from .params import FULL_VOCAB, SmolLM2Params
 from .sampling import sample_lm
 from .scoring import check_drift, log_probs, token_mass
 from .store import Recipe, artifacts, read_json, store_root, write_json
@@ -112,6 +112,10 @@ class Pipeline:
         params: Any,  # kdnb.params.SmolLM2Params, or anything with its fields
     ):
         self.params = params
+
+    def __reduce__(self):
+        "It travels as its parameters; a process that is sent many of its recipes has one of it, and every model once."
+        return _arrived, (self.params,)
 
     # ---- where it computes ----
 
@@ -370,3 +374,9 @@ class Pipeline:
 
         made = artifacts([self._scores_recipe(s) for s in range(self.params.n_seeds)])
         return [Scores(load_file(a.path / "scores.safetensors")) for a in made]
+
+
+@functools.cache
+def _arrived(params: SmolLM2Params) -> Pipeline:
+    "The pipeline of another process, in this one."
+    return Pipeline(params)

@@ -394,13 +394,14 @@ class Machine:
         works: Iterable[Work],  # everything that is to be timed
         device: str = "cpu",
         dtype: str = "float32",
-        workers: int = 1,       # cells at a time, which share the cores
+        workers: int = 1,       # cells at a time
+        cpus: int = 1,          # threads of each, as the run file says
         rate: Callable[..., float | None] = measured_rate,
     ):
         import torch
 
         kinds = {(w.kind, w.network): w for w in sorted(works, key=lambda w: w.batch)}  # the largest batch of each
-        self.device, self.workers, self.threads = device, workers, threads_per_kernel(workers)
+        self.device, self.workers, self.threads = device, workers, threads_per_kernel(cpus)
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -635,7 +636,7 @@ def _report(args: argparse.Namespace) -> str:
         return _scale_report([run.name for run in runs], bills, args)
     plans = []
     for run, bill in zip(runs, bills, strict=True):
-        machine = Machine([w for p in bill for w in p.work], *_place(run), run.workers)
+        machine = Machine([w for p in bill for w in p.work], *_place(run), run.workers, run.resources.cpus)
         plans.append((run.name, machine, plan(bill, machine, device)))
     if args.json:
         return json.dumps([_as_json(name, machine, rows, args.device) for name, machine, rows in plans], indent=1)

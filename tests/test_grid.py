@@ -176,8 +176,7 @@ def test_a_report_that_cannot_be_drawn_does_not_cost_the_cell(tmp_path, monkeypa
 
 def test_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert [grid.threads_per_kernel(n) for n in (1, 3, 8, 20)] == [8, 2, 1, 1]
+    assert [grid.threads_per_kernel(cpus) for cpus in (1, 4)] == [1, 4]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert grid.threads_per_kernel(8) == 3
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kdnb.params import MODELS, Cell, GmmParams, ParamsError, SmolLM2Params, cells, find_problems, load_run, params_model, read_parameters
+from kdnb.params import MODELS, Cell, GmmParams, ParamsError, Resources, SmolLM2Params, cells, find_problems, load_run, params_model, read_parameters
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs" / "experiments"
 
@@ -37,7 +37,8 @@ def lines(path) -> list:
 
 def test_everything_said(folder):
     write_notebook(folder / "end.ipynb", "")
-    run = load_run(write_run(folder, "notebook: toy.ipynb\nsummary: end.ipynb\nparams: {n: 5}\ngrid: {rate: [1, 0.25], flag: [true, false]}\nworkers: 3\ntimeout_s: 60"))
+    run = load_run(write_run(folder, "notebook: toy.ipynb\nsummary: end.ipynb\nparams: {n: 5}\ngrid: {rate: [1, 0.25], flag: [true, false]}\nworkers: 3\ntimeout_s: 60\nresources: {cpus: 2, gpus: 0.5, memory_gb: 4}"))
+    assert run.resources == Resources(cpus=2, gpus=0.5, memory_gb=4)
     assert (run.name, run.notebook, run.summary, run.workers, run.timeout_s) == ("run", folder / "toy.ipynb", folder / "end.ipynb", 3, 60.0)
     assert cells(run) == [
         Cell("rate=1,flag=true", {"n": 5, "rate": 1.0, "flag": True}, folder / "toy.ipynb"),
@@ -49,7 +50,8 @@ def test_everything_said(folder):
 
 def test_almost_nothing_said(folder):
     run = load_run(write_run(folder, "notebook: toy.ipynb\nparams:\n"))
-    assert (run.summary, run.workers, run.timeout_s) == (None, 1, None)
+    assert (run.summary, run.workers, run.timeout_s, run.resources) == (None, 1, None, Resources())
+    assert Resources().model_dump() == {"cpus": 1, "gpus": 0.0, "memory_gb": None}
     assert cells(run) == [Cell("single", {}, folder / "toy.ipynb")]
 
 
@@ -79,8 +81,8 @@ def test_a_thing_that_only_looks_like_a_number_is_text(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "run file must be a mapping with the keys notebook, summary, params, grid, cases, workers, timeout_s, got [1, 2]"),
-        ("", "run file must be a mapping with the keys notebook, summary, params, grid, cases, workers, timeout_s, got None"),
+        ("[1, 2]", "run file must be a mapping with the keys notebook, summary, params, grid, cases, workers, timeout_s, resources, got [1, 2]"),
+        ("", "run file must be a mapping with the keys notebook, summary, params, grid, cases, workers, timeout_s, resources, got None"),
         ("a: [", "line 1: expected the node content, but found '<stream end>'"),
         ("params: {n: 1}\nparams: {n: 2}", "line 2: params must be given once, got it twice"),
         ("notebook: !!python/object/apply:os.system ['true']", "line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
@@ -93,9 +95,16 @@ def test_a_thing_that_only_looks_like_a_number_is_text(folder):
         ("notebook: toy.ipynb\ngrid: 3", "grid must be a mapping, got 3"),
         ("notebook: toy.ipynb\nworkers: 0", "workers must be an integer >= 1, got 0"),
         ("notebook: toy.ipynb\nworkers: true", "workers must be an integer >= 1, got True"),
+        ("notebook: toy.ipynb\nresources: 2", "resources must be a mapping, got 2"),
+        ("notebook: toy.ipynb\nresources: {cpu: 2}", "cpu must be a key of resources, got 2; did you mean cpus?"),
+        ("notebook: toy.ipynb\nresources: {cpus: 0}", "cpus must be an integer >= 1, got 0"),
+        ("notebook: toy.ipynb\nresources: {cpus: 1.5}", "cpus must be an integer >= 1, got 1.5"),
+        ("notebook: toy.ipynb\nresources: {gpus: -1}", "gpus must be a number >= 0, got -1"),
+        ("notebook: toy.ipynb\nresources: {gpus: 1.5}", "gpus must be <= 1 or whole, got 1.5"),
+        ("notebook: toy.ipynb\nresources: {memory_gb: 0}", "memory_gb must be a number > 0 or nothing, got 0"),
         ("notebook: toy.ipynb\ntimeout_s: .inf", "timeout_s must be a number > 0 or nothing, got inf"),
         ("notebook: toy.ipynb\nworker: 2", "worker must be a key of a run file, got 2; did you mean workers?"),
-        ("notebook: toy.ipynb\n2: 2", "2 must be a key of a run file, got 2; known are notebook, summary, params, grid, cases, workers, timeout_s"),
+        ("notebook: toy.ipynb\n2: 2", "2 must be a key of a run file, got 2; known are notebook, summary, params, grid, cases, workers, timeout_s, resources"),
         ("notebook: toy.ipynb\nparams: {rat: 2}", "rat must be a key of toy.ipynb, got 2; did you mean rate?"),
         ("notebook: toy.ipynb\nparams: {n: 2.5}", "n must be an integer, got 2.5"),
         ("notebook: toy.ipynb\nparams: {rate: .nan}", "rate must be a number, got nan"),
