@@ -110,6 +110,9 @@ def clean_notebook(
     for cell in nb["cells"]:
         for key in ("papermill", "execution"):
             cell["metadata"].pop(key, None)
+        for output in cell.get("outputs", ()):
+            if "text" in output:  # a warning names the file that it comes from
+                output["text"] = [re.sub(r"(/[^\s/:]+)+/site-packages/", "", line) for line in output["text"]]
         if "injected-parameters" in cell["metadata"].get("tags", ()):
             cell["id"] = "injected-parameters"
     return nb

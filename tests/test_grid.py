@@ -152,11 +152,13 @@ def test_not_finished(tmp_path, change):
 
 def test_clean_notebook():
     made = cell("random", "# Parameters\nx = 2", "injected-parameters")
+    made["outputs"] = [{"output_type": "stream", "name": "stderr", "text": ["/home/me/.venv/lib/python3.12/site-packages/scipy/a.py:5: RuntimeWarning: slow\n", "see a/b\n"]}]
     made["metadata"] |= {"papermill": {"start_time": "now"}, "execution": {"iopub.status.idle": "now"}}
     marker = cell("m", "An Exception was encountered", "papermill-error-cell-tag", kind="markdown")
     papermill = {"input_path": "/home/me/toy.ipynb", "output_path": "/home/me/out.ipynb", "parameters": {"x": 2}, "exception": None, "duration": 1.0}
     nb = clean_notebook({"cells": [marker, made], "metadata": {"papermill": papermill, "kernelspec": {"name": "python3"}}})
     assert [(c["id"], c["metadata"]) for c in nb["cells"]] == [("injected-parameters", {"tags": ["injected-parameters"]})]
+    assert made["outputs"][0]["text"] == ["scipy/a.py:5: RuntimeWarning: slow\n", "see a/b\n"]
     assert [source_path(p) for p in ("nbs/a/b.ipynb", "/x/nbs/nbs/c.ipynb", "a/onbs/c.ipynb", "")] == ["nbs/a/b.ipynb", "nbs/c.ipynb", "c.ipynb", ""]
     assert nb["metadata"] == {"kernelspec": {"name": "python3"}, "papermill": {"input_path": "toy.ipynb", "parameters": {"x": 2}, "exception": False}}
 
