@@ -607,7 +607,7 @@ def _run_all(args: argparse.Namespace) -> list[str]:  # one line for each thing 
     from kdnb.params import ParamsError
 
     runs = _load_all(args.files)
-    if lines := [line for run in runs if not args.force for line in _other_parameters(run, out / run.name)]:
+    if lines := [line for run in runs if not args.force for line in _other_parameters(run, Path(args.out) / run.name)]:
         raise ParamsError(lines)
     with _engine(args, runs) as engine:
         return _run_each(args, runs, engine)
