@@ -8,11 +8,13 @@ __all__ = ['PER_TOKEN', 'PACKAGED', 'NOTES', 'Tokens', 'LM', 'check_tokens', 'sa
 
 # %% ../nbs/20_lm.ipynb #a6316642
 import contextlib
+import ctypes
 import functools
 import hashlib
 import io
 import json
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -476,3 +478,28 @@ def keep_vocab(
         lm, model=model.eval(), vocab_ids=tuple(names[i] for i in ids),
         prompt_ids=tuple(place[i] for i in lm.prompt_ids), stop_ids=tuple(place[i] for i in lm.stop_ids),
     )
+
+# %% ../nbs/20_lm.ipynb #6d656d32
+_KEEPERS = [0]  # how many blocks of `_freed_memory_kept` are open
+
+
+@contextlib.contextmanager
+def _freed_memory_kept():
+    "Freed memory stays with this process; afterwards glibc gives back what is beyond the most that it keeps by itself."
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+
+    def keep(bytes_: int):
+        libc.mallopt(-3, bytes_ // 2)  # M_MMAP_THRESHOLD: smaller arrays come from the heap
+        libc.mallopt(-1, bytes_)       # M_TRIM_THRESHOLD: as much may lie unused at the heap's end
+
+    _KEEPERS[0] += 1
+    keep(2**30)
+    try:
+        yield
+    finally:
+        _KEEPERS[0] -= 1
+        if not _KEEPERS[0]:
+            keep(2**26)

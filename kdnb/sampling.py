@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from .lm import LM, Tokens
+from .lm import LM, Tokens, _freed_memory_kept
 from .progress import track
 
 # %% ../nbs/21_sampling.ipynb #6923fce9
@@ -23,6 +23,7 @@ def inverse_cdf(
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=log_p.shape[-1] - 1)
 
 # %% ../nbs/21_sampling.ipynb #7a25046c
+@_freed_memory_kept()
 @torch.inference_mode()
 def sample_lm(
     lm: LM,

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from .lm import LM, Tokens, _inside, check_tokens
+from .lm import LM, Tokens, _freed_memory_kept, _inside, check_tokens
 from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
@@ -45,6 +45,7 @@ def _mean_states(states: Float[Tensor, "r h"], length: Int64[Tensor, " n"]) -> F
     return torch.zeros(len(length), states.shape[-1]).index_add_(0, owner, states.float().cpu()) / length[:, None]
 
 # %% ../nbs/22_scoring.ipynb #7a25046c
+@_freed_memory_kept()
 @torch.inference_mode()
 def score_lm(
     lm: LM,
@@ -77,6 +78,7 @@ class LogProbs(NamedTuple):
     embedding: Float32[Tensor, "n h"] | None = None   # mean final hidden state of q over the prefixes; see `kdnb.geometry`
 
 
+@_freed_memory_kept()
 @torch.inference_mode()
 def log_probs(
     p: LM,                 # the model that drew `tokens`

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .lm import LM, Tokens, _inside, _quiet_transformers, _transformers, check_tokens
+from .lm import LM, Tokens, _freed_memory_kept, _inside, _quiet_transformers, _transformers, check_tokens
 from .progress import is_watched, track
 from .scoring import _hidden, score_lm
 from .store import _sync, file_hash, has_hash, log, read_json, read_sealed, seal, write_json, write_text
@@ -286,6 +286,7 @@ def _check_group(device: torch.device, **facts: int) -> None:
                 raise ValueError(f"{name} must be the same in every process, got {low} and {high}")
 
 
+@_freed_memory_kept()
 def train_lm(
     lm: LM,
     tokens: Tokens,                       # what to learn; only the ids are used

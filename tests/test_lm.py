@@ -353,6 +353,28 @@ def test_the_loss_is_the_score(toy):
     np.testing.assert_allclose(nats_per_token(toy, tokens).item(), -score_lm(toy, tokens).sum() / tokens.length.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["float32", "bfloat16"])
+def test_the_loss_and_its_gradient_are_those_of_transformers(is_mixed):
+    "Full logits, padding masked; a vocabulary and a batch of several blocks."
+    lm = new_lm(llama_config(3000, 64, 1), seed=2, like=toy_lm(vocab_size=3000, max_length=12))
+    length = torch.randint(1, 13, (300,), generator=make_rng(8))
+    ids = torch.randint(3000, (300, 12), generator=make_rng(9))
+    tokens = Tokens(torch.where(torch.arange(12) < length[:, None], ids, -1), length)
+    path = torch.cat([torch.zeros(300, 1, dtype=torch.int64), tokens.ids], 1)
+    labels = path.where(torch.arange(13) > 0, -1)
+    found = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+        for loss in (nats_per_token(lm, tokens), lm.model(path.clamp(min=0), labels=labels.where(labels >= 0, -100)).loss):
+            lm.model.zero_grad()
+            loss.backward()
+            found.append((loss, [w.grad.clone() for w in lm.model.parameters()]))
+    (ours, gradients), (theirs, expected) = found
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-3 if is_mixed else 1e-6, atol=0)
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a - b).norm() <= (0.02 if is_mixed else 1e-5) * b.norm()  # bfloat16 keeps eight bits
+
+
 def test_training_repeats_bit_for_bit_and_leaves_its_input_alone(toy, student):
     data = sample_lm(toy, 128, rng=make_rng(6))
     before = [w.clone() for w in student.model.parameters()]
