@@ -355,7 +355,7 @@ def test_the_loss_is_the_score(toy):
 
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["float32", "bfloat16"])
 def test_the_loss_and_its_gradient_are_those_of_transformers(is_mixed):
-    "Full logits, padding masked; a vocabulary and a batch of several blocks."
+    "There with the logits of every position, padding among them and masked."
     lm = new_lm(llama_config(3000, 64, 1), seed=2, like=toy_lm(vocab_size=3000, max_length=12))
     length = torch.randint(1, 13, (300,), generator=make_rng(8))
     ids = torch.randint(3000, (300, 12), generator=make_rng(9))
