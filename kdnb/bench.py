@@ -7,15 +7,21 @@ __all__ = ['Contest', 'alternate', 'Rates', 'machine_rates', 'Done', 'in_process
 
 # %% ../nbs/48_bench.ipynb #a6316642
 import ctypes
+import functools
 import re
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from .core import Estimate, estimate
 
@@ -40,20 +46,44 @@ def _rate(work: Callable[[], float]) -> float:
     return done / (time.perf_counter() - start)
 
 
+def _keep(work: Callable[[], float], threads: int) -> None:
+    "Make this the function of this process."
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)
+    sys.modules["__main__"].work = work
+
+
+def _turn() -> float:
+    "Useful work per second of the function that was kept."
+    return _rate(sys.modules["__main__"].work)
+
+
+@functools.cache
+def _process(side: str) -> ProcessPoolExecutor:
+    "The process of one side, used again in the next contest."
+    deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for this process; that one ends with it
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), **deaf)
+
+
 def alternate(
-    ours: Callable[[], float],  # does the work; returns how much of it was useful
+    ours: Callable[[], float],  # does the work; returns how much of it was useful; may close over anything that can be pickled
     peer: Callable[[], float],
     repetitions: int = 5,       # >= 2, after one that is not counted
+    threads: int = 1,           # of each side
 ) -> Contest:
-    "Time two functions in turn."
+    "Time two functions in turn, each in a process of its own."
     if repetitions < 2:
         raise ValueError(f"repetitions must be >= 2, got {repetitions}; one has no interval")
-    rates = []
+    from joblib import wrap_non_picklable_objects
+
+    works, turn = {"ours": ours, "peer": peer}, wrap_non_picklable_objects(_turn)
+    for side, work in works.items():
+        _process(side).submit(wrap_non_picklable_objects(functools.partial(_keep, work, threads))).result()
+    rates = {side: [] for side in works}
     for i in range(repetitions + 1):
-        first, second = (ours, peer) if i % 2 else (peer, ours)
-        pair = _rate(first), _rate(second)
-        rates.append(pair if i % 2 else pair[::-1])
-    return Contest(*np.array(rates[1:]).T)
+        for side in works if i % 2 else reversed(works):
+            rates[side].append(_process(side).submit(turn).result())
+    return Contest(*(np.array(r[1:]) for r in rates.values()))
 
 # %% ../nbs/48_bench.ipynb #7a25046c
 class Rates(NamedTuple):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from kdnb.bench import Contest, alternate, in_processes
@@ -23,10 +24,22 @@ def test_the_ratio_is_a_geometric_mean_with_students_interval():
     np.testing.assert_allclose((found.mean, found.lo, found.hi), np.exp([logs.mean(), logs.mean() - half, logs.mean() + half]), rtol=1e-12)
 
 
-def test_both_take_turns_and_the_first_pair_does_not_count():
-    calls = []
-    contest = alternate(lambda: calls.append("ours") or 1.0, lambda: calls.append("peer") or 2.0, 3)
-    assert calls == ["peer", "ours", "ours", "peer", "peer", "ours", "ours", "peer"]
+def test_both_take_turns_in_processes_of_their_own_and_the_first_pair_does_not_count(tmp_path):
+    told = tmp_path / "calls"
+
+    def say(side):
+        def work():
+            with told.open("a") as file:
+                print(side, os.getpid(), torch.get_num_threads(), file=file)
+            return 1.0
+
+        return work
+
+    contest = alternate(say("ours"), say("peer"), 3, threads=2)
+    calls = [line.split() for line in told.read_text().splitlines()]
+    assert [side for side, _, _ in calls] == ["peer", "ours", "ours", "peer", "peer", "ours", "ours", "peer"]
+    assert {threads for _, _, threads in calls} == {"2"}
+    assert len({(side, process) for side, process, _ in calls} | {("here", str(os.getpid()))}) == len({process for _, process, _ in calls} | {str(os.getpid())}) == 3
     assert contest.ours.shape == contest.peer.shape == (3,)
 
 
