@@ -311,7 +311,7 @@ PACKAGED = "smollm2-135m-instruct"
 
 @contextlib.contextmanager
 def _quiet_transformers():
-    "No progress bars or notices while transformers reads weights."
+    "No progress bars or notices while transformers reads or writes weights."
     logging = _transformers().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
