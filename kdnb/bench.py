@@ -235,7 +235,7 @@ def train_plain(
         settings = TrainingArguments(
             folder, per_device_train_batch_size=batch_size, per_device_eval_batch_size=256, num_train_epochs=epochs, learning_rate=lr, seed=seed,
             adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0,
-            lr_scheduler_type="warmup_stable_decay", warmup_steps=round(0.01 * steps), lr_scheduler_kwargs={"num_decay_steps": round(0.2 * steps)},
+            lr_scheduler_type="warmup_stable_decay", warmup_steps=round(0.01 * steps), lr_scheduler_kwargs={"num_decay_steps": round(0.2 * steps), "decay_type": "linear"},
             logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=lm.device.type == "cpu", **choose,
         )
         trainer = Trainer(model, settings, train_dataset=rows, eval_dataset=heldout)

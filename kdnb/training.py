@@ -228,7 +228,7 @@ class _Trainer:
         self.weights = dict(self.lm.model.named_parameters())
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
         self.schedule = _transformers().get_wsd_schedule(
-            self.optimizer, num_warmup_steps=round(config.warmup * steps), num_decay_steps=round(config.decay * steps), num_training_steps=steps
+            self.optimizer, num_warmup_steps=round(config.warmup * steps), num_decay_steps=round(config.decay * steps), num_training_steps=steps, decay_type="linear",
         )
         if config.compile:
             self.lm.model.model.forward = torch.compile(self.lm.model.model.forward, dynamic=True)

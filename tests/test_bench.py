@@ -64,17 +64,31 @@ def test_the_peak_is_what_was_held_at_a_time():
     assert small.peak_bytes < 3e7
 
 
+def executed(name, folder):
+    "metrics.json of an experiment's notebook at its own small sizes."
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "nbs" / "experiments" / f"{name}.ipynb"), str(folder / "out.ipynb")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "metrics.json").read_text())["estimates"]
+
+
 def test_the_benchmark_runs_in_miniature(tmp_path):
     """Both sides agree to the stated tolerances (asserted in the notebook), and every line of the result is there."""
-    notebook = ROOT / "nbs" / "experiments" / "bench.ipynb"
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(tmp_path / "out.ipynb")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    contests = {k: e for k, e in metrics["estimates"].items() if isinstance(e, dict) and "ours_per_s" in e}
+    contests = {k: e for k, e in executed("bench", tmp_path).items() if isinstance(e, dict) and "ours_per_s" in e}
     assert {k.split(",")[0] for k in contests} >= {"EM", "scoring", "sampling", "training"}
     for name, e in contests.items():
         assert e["ratio"]["lo"] <= e["ratio"]["mean"] <= e["ratio"]["hi"], name
         assert all(r > 0 for r in (*e["ours_per_s"], *e["peer_per_s"])), name
         assert e["ratio"]["mean"] < 1e3, f"{name}: the two sides do not count the same work"
-    assert {"scores under the truth", "all"} <= set(metrics["estimates"]["laptop tier, seconds"]["ours"])
+
+
+def test_plain_library_calls_find_the_same_numbers(tmp_path):
+    """In miniature: of ten differences, five a student, three or more told from zero would be a false alarm once in 87 runs if they were independent; seeds are fixed."""
+    found = executed("plain", tmp_path)
+    assert found["compared"] == 10
+    assert found["told"] <= 2
+    assert set(found["seconds"]["plain_stages"]) == set(found["seconds"]["kdnb_core_stages"]) == {"vocabulary", "truth", "teacher", "teacher-draws", "student", "student-draws", "scores"}
+    assert all(seconds > 0 for stages in ("plain_stages", "kdnb_core_stages") for seconds in found["seconds"][stages].values())
+    for student in ("direct", "0.7"):  # neither is better than the truth, and colder is less spread out
+        assert found["plain calls"][student]["kl_student_truth"]["mean"] > 0
+    assert found["plain calls"]["0.7"]["student_entropy"]["mean"] < found["plain calls"]["direct"]["student_entropy"]["mean"]
