@@ -67,11 +67,9 @@ def _turn() -> float:
     return _rate(sys.modules["__main__"].work)
 
 
-@functools.cache
-def _process(side: str) -> ProcessPoolExecutor:
-    "The process of one side, used again in the next contest."
-    deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for this process; that one ends with it
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), **deaf)
+def _process() -> ProcessPoolExecutor:
+    "A process of its own; Ctrl-C is for this one, with which that one ends."
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
 
 
 def alternate(
@@ -85,14 +83,14 @@ def alternate(
         raise ValueError(f"repetitions must be >= 2, got {repetitions}; one has no interval")
     from joblib import wrap_non_picklable_objects
 
-    works, turn = {"ours": ours, "peer": peer}, wrap_non_picklable_objects(_turn)
-    for side, work in works.items():
-        _process(side).submit(wrap_non_picklable_objects(functools.partial(_keep, work, threads))).result()
-    rates = {side: [] for side in works}
-    for i in range(repetitions + 1):
-        for side in works if i % 2 else reversed(works):
-            rates[side].append(_process(side).submit(turn).result())
-    return Contest(*(np.array(r[1:]) for r in rates.values()))
+    turn, rates = wrap_non_picklable_objects(_turn), np.empty((2, repetitions + 1))
+    with _process() as first, _process() as second:
+        for side, work in ((first, ours), (second, peer)):
+            side.submit(wrap_non_picklable_objects(functools.partial(_keep, work, threads))).result()
+        for i in range(repetitions + 1):
+            for who in (0, 1) if i % 2 else (1, 0):
+                rates[who, i] = (first, second)[who].submit(turn).result()
+    return Contest(*rates[:, 1:])
 
 # %% ../nbs/48_bench.ipynb #7a25046c
 class Rates(NamedTuple):
