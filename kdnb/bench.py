@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .core import Estimate, estimate
@@ -57,6 +56,8 @@ def _rate(work: Callable[[], float]) -> float:
 
 def _keep(work: Callable[[], float], threads: int) -> None:
     "Make this the function of this process."
+    from threadpoolctl import threadpool_limits
+
     torch.set_num_threads(threads)
     threadpool_limits(threads)
     sys.modules["__main__"].work = work
