@@ -485,7 +485,7 @@ _KEEPERS = [0]  # how many blocks of `_freed_memory_kept` are open
 
 @contextlib.contextmanager
 def _freed_memory_kept():
-    "Freed memory stays with this process; afterwards glibc gives back what is beyond the most that it keeps by itself."
+    "Freed memory stays with this process until the last open block ends."
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):
         yield
@@ -503,3 +503,4 @@ def _freed_memory_kept():
         _KEEPERS[0] -= 1
         if not _KEEPERS[0]:
             keep(2**26)
+            libc.malloc_trim(0)  # also what lies below memory in use
