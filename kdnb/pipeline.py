@@ -213,10 +213,6 @@ class Pipeline:
         "Draws of the truth; made once for all cells."
         return load_tokens(*(a.path for a in artifacts(self._splits[split])))
 
-    def prepare(self) -> None:
-        "Draw everything that is needed from the truth, sharing the work with other cells."
-        artifacts([r for recipes in self._splits.values() for r in recipes])
-
     # ---- teacher and student ----
 
     def _train_recipe(self, role: str, seed: int, data: list[Recipe], facts: dict, tokens: Any) -> Recipe:

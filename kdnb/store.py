@@ -420,18 +420,21 @@ def artifacts(
 ) -> list[Artifact]:            # in the same order
     "Read or build every recipe, sharing the work with other processes that ask for the same."
     _call_helpers(recipes)
-    found: dict[int, Artifact] = {}
+    listed = {recipe.key for recipe in recipes}
+    found: dict[str, Artifact] = {}
     waiting = None
-    while missing := [i for i in range(len(recipes)) if i not in found]:
-        new = {i: made for i in missing if (made := _obtain(recipes[i]))}
-        found |= new
-        if not new:
+    while missing := [recipe for recipe in recipes if recipe.key not in found]:
+        for recipe in missing:
+            if found.keys() >= listed.intersection(recipe.upstream) and (made := _obtain(recipe)):
+                found[recipe.key] = made
+                break
+        else:
             if waiting is None:
-                waiting = track(desc=f"{recipes[missing[0]].stage}: another process is making it")
+                waiting = track(desc=f"{missing[0].stage}: another process is making it")
             time.sleep(0.1)
     if waiting is not None:
         waiting.close()
-    return [found[i] for i in range(len(recipes))]
+    return [found[recipe.key] for recipe in recipes]
 
 
 def artifact(

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -217,6 +218,18 @@ def test_two_processes_share_the_work(tmp_path):
     assert {pid for _, pid in built} == {str(p.pid) for p in pair}  # both busy
     assert told[0][::2] == told[1][::2]  # both have all six, in order
     assert sorted(told[0][1::2] + told[1][1::2]) == ["False"] * 6 + ["True"] * 6
+
+
+def test_only_what_needs_the_others_work_waits_for_it():
+    theirs, mine = (Recipe("s", {"of": who}, write(b"1")) for who in ("them", "me"))
+    after = [Recipe("s", {"after": r.params["of"]}, write(b"2"), upstream=(r.key,)) for r in (theirs, mine)]
+    theirs.folder.parent.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        with store._lock(theirs.folder):
+            made = pool.submit(artifacts, [theirs, mine, *after])
+            wait_for(after[1].folder.is_dir)
+            assert not after[0].folder.is_dir()  # it comes first in the list
+        assert [a.key for a in made.result(timeout=20)] == [r.key for r in (theirs, mine, *after)]
 
 
 def test_killed_builder_is_taken_over(tmp_path, root):
