@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -68,9 +69,25 @@ def _turn() -> float:
     return _rate(sys.modules["__main__"].work)
 
 
-def _process() -> ProcessPoolExecutor:
+def _leave() -> None:
+    "End the processes that this one keeps for `in_processes`; it would wait for them until they have idled for five minutes."
+    if "joblib" in sys.modules:
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor().shutdown()
+
+
+@contextmanager
+def _process() -> Iterator[ProcessPoolExecutor]:
     "A process of its own; Ctrl-C is for this one, with which that one ends."
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    from joblib import wrap_non_picklable_objects
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as process:
+        try:
+            yield process
+        finally:
+            with suppress(BrokenExecutor):
+                process.submit(wrap_non_picklable_objects(_leave)).result()
 
 
 def alternate(

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from joblib import wrap_non_picklable_objects
 from scipy import stats
 
+from kdnb import bench
 from kdnb.bench import Contest, alternate, in_processes
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +44,14 @@ def test_both_take_turns_in_processes_of_their_own_and_the_first_pair_does_not_c
     assert {threads for _, _, threads in calls} == {"2"}
     assert len({(side, process) for side, process, _ in calls} | {("here", str(os.getpid()))}) == len({process for _, process, _ in calls} | {str(os.getpid())}) == 3
     assert contest.ours.shape == contest.peer.shape == (3,)
+
+
+def test_a_side_ends_the_processes_that_it_has_called():
+    with bench._process() as side:
+        called = side.submit(wrap_non_picklable_objects(lambda: [done.value for done in in_processes([os.getpid] * 2)])).result()
+        assert all(psutil.pid_exists(pid) for pid in called)
+        side.submit(wrap_non_picklable_objects(bench._leave)).result()
+        assert not any(psutil.pid_exists(pid) for pid in called)
 
 
 def test_one_repetition_is_refused():
