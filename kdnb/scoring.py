@@ -17,7 +17,7 @@ from .lm import LM, Tokens, _freed_memory_kept, _inside, check_tokens
 from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
-LOGITS = 2**24  # next-token log-probabilities held at a time: 64 MiB in float32
+LOGITS = 2**23  # next-token log-probabilities held at a time: 32 MiB in float32
 
 
 def _batches(tokens: Tokens, batch_size: int) -> list[Tensor]:
