@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from .core import Estimate, combine, make_rng
-from .lm import LM, Tokens, check_tokens
+from .lm import LM, Tokens, _quick_products, check_tokens
 from .progress import track
 from .scoring import _batches, _hidden, _mean_states
 
@@ -34,9 +34,10 @@ def embed(
     "Mean final hidden state over the prefixes of each sequence: prompt, prompt and first token, and so on."
     check_tokens(lm, tokens)
     out = torch.empty(len(tokens.ids), lm.model.config.hidden_size)
-    for index in track(_batches(tokens, batch_size), desc="embed", unit="batch"):
-        part = tokens.select(index)
-        out[index] = _mean_states(_hidden(lm, part), part.length)
+    with _quick_products(lm.model):
+        for index in track(_batches(tokens, batch_size), desc="embed", unit="batch"):
+            part = tokens.select(index)
+            out[index] = _mean_states(_hidden(lm, part), part.length)
     return out
 
 # %% ../nbs/24_geometry.ipynb #7a25046c

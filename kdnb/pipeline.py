@@ -24,7 +24,7 @@ from .geometry import embed
 from .lm import LM, Tokens, keep_vocab, llama_config, load_lm, load_tokens, new_lm, save_lm, save_tokens
 from .params import FULL_VOCAB, SmolLM2Params
 from .sampling import sample_lm
-from .scoring import check_drift, log_probs, token_mass
+from .scoring import check_drift, log_probs
 from .store import Recipe, artifacts, read_json, store_root, write_json
 from .training import Checkpoint, TrainConfig, train_distributed
 
@@ -155,15 +155,16 @@ class Pipeline:
 
         def build(folder: Path):
             full = self._load(p.source, p.prompt, p.max_length)
-            pilot = sample_lm(full, p.n_pilot, rng=make_rng(p.seed, "pilot"), desc="vocabulary pilot")
-            mass = token_mass(full, pilot)
+            mass = torch.zeros(full.vocab_size, dtype=torch.float64)
+            sample_lm(full, p.n_pilot, rng=make_rng(p.seed, "pilot"), mass=mass, desc="vocabulary pilot")
+            mass /= mass.sum()
             needed = {*full.prompt_ids, *full.stop_ids}
             ranked = [i for i in mass.argsort(descending=True, stable=True).tolist() if i not in needed]
             ids = sorted([*needed, *ranked[: p.vocab_size - len(needed)]])
             write_json(folder / "vocabulary.json", {"ids": ids, "mass": mass[ids].sum().item()})
 
         facts = {name: getattr(p, name) for name in ("source", "prompt", "max_length", "vocab_size", "n_pilot", "seed")}
-        return Recipe("vocabulary", facts | self._place, build, code=(lm_module, sampling_module, scoring_module))
+        return Recipe("vocabulary", facts | self._place, build, code=(lm_module, sampling_module))
 
     @functools.cached_property
     def _vocabulary(self) -> dict:
@@ -184,13 +185,14 @@ class Pipeline:
     def _truth_recipes(self, split: str, n: int) -> list[Recipe]:
         "Shards of draws of the truth."
         p = self.params
-        keep = split.startswith("eval") and keeps_next(n, p.max_length, p.vocab_size)
+        scored = split.startswith("eval")
+        keep = scored and keeps_next(n, p.max_length, p.vocab_size)
         origin = {} if self.is_restricted else {"source": p.source, "prompt": p.prompt, **self._place}
 
         def recipe(shard: int, size: int) -> Recipe:
             def build(folder: Path):
                 rng = make_rng(p.seed, "truth", split, shard)
-                tokens = sample_lm(self.truth, size, rng=rng, keep_next=keep, desc=f"truth {split} {shard}")
+                tokens = sample_lm(self.truth, size, rng=rng, keep_next=keep, embed=scored, desc=f"truth {split} {shard}")
                 save_tokens(tokens, folder, **self.truth.provenance, source=p.source, split=split, shard=shard, seed=p.seed)
 
             facts = {"split": split, "shard": shard, "n": size, "seed": p.seed, "max_length": p.max_length, **origin}
@@ -332,19 +334,6 @@ class Pipeline:
         upstream = (draws.key, student.key, *(r.key for r in held_out))
         return Recipe("scores", {"seed": seed}, build, upstream, (lm_module, scoring_module))
 
-    # ---- geometry ----
-
-    def _embedding_recipe(self, seed: int) -> Recipe:
-        "The truth's evaluation draws as the truth reads them; the student's were embedded when they were scored."
-        held_out = self._splits[f"eval-{seed}"]
-
-        def build(folder: Path):
-            from safetensors.torch import save_file
-
-            save_file({"points": embed(self.truth, self.truth_tokens(f"eval-{seed}"))}, folder / "embedding.safetensors")
-
-        return Recipe("embedding", {"seed": seed}, build, tuple(r.key for r in held_out), (lm_module, scoring_module))
-
     def embeddings(
         self,
         role: str,          # "truth" or "student"
@@ -353,15 +342,16 @@ class Pipeline:
         "The evaluation draws of one role as points in the truth's eyes; see `kdnb.geometry`."
         from safetensors.torch import load_file
 
-        recipe = self._embedding_recipe(seed) if role == "truth" else self._scores_recipe(seed)
-        return load_file(artifacts([recipe])[0].path / "embedding.safetensors")["points"]
+        if role == "truth":
+            return self.truth_tokens(f"eval-{seed}").embedding
+        return load_file(artifacts([self._scores_recipe(seed)])[0].path / "embedding.safetensors")["points"]
 
     def recipes(self) -> list[Recipe]:
         "Everything that this cell asks of the store, made or not; those that others need come first."
         seeds, distilled = range(self.params.n_seeds), self.params.tau != "direct"
         truth = [*([self._vocabulary_recipe] if self.is_restricted else []), *(r for split in self._splits.values() for r in split)]
         taught = [make(s) for make in (self._teacher_recipe, self._teacher_draws_recipe) for s in seeds if distilled]
-        mine = (self._student_recipe, self._student_draws_recipe, self._scores_recipe, self._embedding_recipe)
+        mine = (self._student_recipe, self._student_draws_recipe, self._scores_recipe)
         return [*truth, *taught, *(make(s) for make in mine for s in seeds)]
 
     def scores(self) -> list[Scores]:

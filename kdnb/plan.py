@@ -180,10 +180,8 @@ class _Pricer:
         return Price("weights", (), 0, disk, (3 if packaged else 1) * disk, 0, disk / DEQUANTISED_BYTES_S if packaged else 0.0)
 
     def vocabulary(self) -> Price:
-        "A pilot of the full model, sampled and scored."
-        drawn = self._draws("vocabulary", self.full, self.p.n_pilot, TRUTH_BATCH)
-        again = Work("heldout", self.full, self.p.n_pilot, self.t, SCORE_BATCH, self.prompt, self.bytes)
-        return replace(drawn, work=(*drawn.work, again), disk_bytes=ARTIFACT_BYTES + 8 * self.truth.vocab)
+        "A pilot of the full model."
+        return replace(self._draws("vocabulary", self.full, self.p.n_pilot, TRUTH_BATCH), disk_bytes=ARTIFACT_BYTES + 8 * self.truth.vocab)
 
     def training(self, role: str) -> Price:
         "A teacher or student: every epoch learns and is then judged on held-out sequences."
@@ -211,25 +209,21 @@ class _Pricer:
 
     @property
     def _points_bytes(self) -> int:
-        "Embeddings of one side's evaluation draws."
+        "Embeddings of the student's evaluation draws."
         return 4 * self.p.n_eval * self.truth.width
-
-    def embedding(self) -> Price:
-        "The truth reads its own evaluation draws."
-        n, source = self.p.n_eval, self.full.n_parameters if self.truth != self.full else 0
-        work = Work("heldout", self.truth, n, self.t, min(SCORE_BATCH, n), self.prompt, self.bytes)
-        return Price("embedding", (work,), work.tokens, ARTIFACT_BYTES + self._points_bytes, (self.truth.n_parameters + source) * self.bytes, 20 * work.tokens)
 
     def price(self, recipe: Recipe) -> Price:
         "The price of anything that a pipeline asks for."
         stage, n = recipe.stage, recipe.params.get("n", 0)
         if stage == "truth":
-            return self._draws(stage, self.truth, n, TRUTH_BATCH, self.keep and recipe.params["split"].startswith("eval"))
+            scored = recipe.params["split"].startswith("eval")
+            drawn = self._draws(stage, self.truth, n, TRUTH_BATCH, self.keep and scored)
+            return replace(drawn, disk_bytes=drawn.disk_bytes + scored * 4 * n * self.truth.width)
         if stage in ("teacher-draws", "student-draws"):
             return self._draws(stage, self.roles[stage.split("-")[0]], n, SAMPLE_BATCH)
         if stage in self.roles:
             return self.training(stage)
-        return {"vocabulary": self.vocabulary, "scores": self.scores, "embedding": self.embedding}[stage]()
+        return {"vocabulary": self.vocabulary, "scores": self.scores}[stage]()
 
 
 def prices(
@@ -418,7 +412,7 @@ class Machine:
 # %% ../nbs/47_plan.ipynb #f95c9363
 STAGES = {
     "weights": "weights", "vocabulary": "vocabulary", "truth": "truth draws", "teacher": "teachers", "teacher-draws": "teacher draws",
-    "student": "students", "student-draws": "student draws", "scores": "scores", "embedding": "embeddings",
+    "student": "students", "student-draws": "student draws", "scores": "scores",
 }
 
 

@@ -6,11 +6,14 @@
 __all__ = ['inverse_cdf', 'sample_lm', 'enumerate_lm']
 
 # %% ../nbs/21_sampling.ipynb #a6316642
+import functools
+from typing import Any
+
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from .lm import LM, Tokens, _freed_memory_kept
+from .lm import LM, Tokens, _freed_memory_kept, _quick_products
 from .progress import track
 
 # %% ../nbs/21_sampling.ipynb #6923fce9
@@ -22,7 +25,68 @@ def inverse_cdf(
     cdf = log_p.double().exp().cumsum(-1)
     return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=log_p.shape[-1] - 1)
 
+# %% ../nbs/21_sampling.ipynb #6a0c7e12
+@functools.cache
+def _roomy_layer() -> type:
+    "The class: transformers is imported where it is used."
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        "Keys and values of one layer, with room for all that will come."
+
+        def __init__(self, rows: int, positions: int):
+            super().__init__()
+            self.rows, self.positions, self.room = rows, positions, []
+
+        def _hold(self, rows: int, length: int):
+            self.keys, self.values = (room[:rows, :, :length] for room in self.room)
+
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                self.room = [x.new_empty(self.rows, x.shape[1], self.positions, x.shape[3]) for x in (keys, values)]
+            past, (rows, _, new, _) = self.get_seq_length(), keys.shape
+            for room, x in zip(self.room, (keys, values), strict=True):
+                room[:rows, :, past : past + new] = x
+            self._hold(rows, past + new)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            if not self.is_initialized:
+                return
+            moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+            for x in (self.keys, self.values):
+                x[moved] = x[indices[moved]]
+            self._hold(len(indices), self.get_seq_length())
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            if not self.is_initialized:
+                return
+            rows, length = self.keys.shape[0], self.get_seq_length()
+            for room in self.room:
+                room[: rows * repeats, :, :length] = room[:rows, :, :length].repeat_interleave(repeats, 0)
+            self._hold(rows * repeats, length)
+
+    return RoomyLayer
+
+
+def _cache(lm: LM, rows: int) -> Any:  # transformers.DynamicCache
+    "An empty cache for so many sequences; layers of special kinds stay as transformers makes them."
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = DynamicCache(config=lm.model.config)
+    positions = len(lm.prompt_ids) + lm.max_length
+    cache.layers = [_roomy_layer()(rows, positions) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
 # %% ../nbs/21_sampling.ipynb #7a25046c
+def _filled(ended: Bool[Tensor, " b"]) -> Int64[Tensor, " m"]:
+    "Rows that stay, in an order in which only the last ones move: each to the place of an ended one."
+    stay = torch.arange(int((~ended).sum()), device=ended.device)
+    stay[ended[: len(stay)]] = len(stay) + (~ended[len(stay) :]).nonzero()[:, 0]
+    return stay
+
+
 @_freed_memory_kept()
 @torch.inference_mode()
 def sample_lm(
@@ -33,11 +97,11 @@ def sample_lm(
     rng: torch.Generator,      # on the CPU, whatever the model's device
     batch_size: int = 256,     # sequences in flight; the samples do not depend on it
     keep_next: bool = False,   # keep the next-token distributions: n·t·v floats
+    embed: bool = False,       # keep the mean final hidden states
+    mass: Float64[Tensor, " v"] | None = None,  # where to add up the next-token distributions
     desc: str = "sample",      # of the progress bar
 ) -> Tokens:                   # on the CPU
     "Exact ancestral sampling: no top-k, no top-p, no penalty."
-    from transformers import DynamicCache
-
     if n < 1:
         raise ValueError(f"n must be >= 1, got {n}")
     lm = lm.sharpen(tau)
@@ -49,34 +113,42 @@ def sample_lm(
     log_prob, entropy = torch.zeros(n, lm.max_length), torch.zeros(n, lm.max_length)
     kept = torch.zeros(n, lm.max_length, lm.vocab_size) if keep_next else None
 
-    with track(total=n * lm.max_length, desc=desc, unit="token") as bar:
+    embedding = torch.zeros(n, lm.model.config.hidden_size) if embed else None
+
+    with _quick_products(lm.model), track(total=n * lm.max_length, desc=desc, unit="token") as bar:
         for live in torch.arange(n).split(batch_size):  # rows still growing
-            cache = DynamicCache(config=lm.model.config)
+            cache = _cache(lm, len(live))
             feed = prompt
             for t in range(lm.max_length):
-                logits = lm.model(input_ids=feed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                out = lm.model(input_ids=feed, past_key_values=cache, use_cache=True, logits_to_keep=1, output_hidden_states=embed)
+                logits = out.logits[:, -1]
                 if t == 0:
                     cache.batch_repeat_interleave(len(live))
                     logits = logits.expand(len(live), -1)
                 log_p = (logits.float() / lm.tau).log_softmax(-1)
                 token = inverse_cdf(log_p, u[live, t].to(lm.device))
+                prob = log_p.exp()
                 ids[live, t] = token.cpu()
                 log_prob[live, t] = log_p.gather(-1, token[:, None])[:, 0].cpu()
-                entropy[live, t] = -(log_p.exp() * log_p).sum(-1).cpu()  # a log-softmax of finite logits is finite
+                entropy[live, t] = -(prob * log_p).sum(-1).cpu()  # a log-softmax of finite logits is finite
                 if kept is not None:
                     kept[live, t] = log_p.cpu()
+                if embedding is not None:
+                    embedding[live] += out.hidden_states[-1][:, -1].float().cpu()
+                if mass is not None:
+                    mass += prob.sum(0, dtype=torch.float64).cpu()
                 ended = torch.isin(token, stops)
+                bar.update(len(ended))
                 if ended.any():
                     length[live[ended.cpu()]] = t + 1
                     bar.update(int(ended.sum()) * (lm.max_length - t - 1))  # steps that need not be taken
-                    live, token = live[~ended.cpu()], token[~ended]
-                    if len(live):
-                        cache.batch_select_indices((~ended).nonzero()[:, 0])
-                bar.update(len(ended))
-                if not len(live):
-                    break
+                    if ended.all():
+                        break
+                    stay = _filled(ended)
+                    live, token = live[stay.cpu()], token[stay]
+                    cache.batch_select_indices(stay)
                 feed = token[:, None]
-    return Tokens(ids, length, log_prob, kept, entropy)
+    return Tokens(ids, length, log_prob, kept, entropy, embedding if embedding is None else embedding / length[:, None])
 
 # %% ../nbs/21_sampling.ipynb #ebe24f3b
 def enumerate_lm(
