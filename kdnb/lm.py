@@ -532,10 +532,10 @@ def _product(layer: torch.nn.Linear, x: Tensor) -> Tensor:
     return _Product.apply(x, layer.weight) if torch.is_grad_enabled() else _onednn(x, layer.weight)
 
 
-def _is_quick(model: Any) -> bool:
+def _is_quick(x: Any) -> bool:  # a model, or a tensor
     "Whether its products are oneDNN's to make."
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return there and model.device.type == "cpu" and model.dtype == torch.float32
+    return there and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 @contextlib.contextmanager
