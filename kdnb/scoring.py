@@ -17,7 +17,7 @@ from .lm import LM, Tokens, _freed_memory_kept, _inside, _quick_products, check_
 from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
-LOGITS = 2**23  # next-token log-probabilities held at a time: 32 MiB in float32
+LOGITS = 2**22  # next-token log-probabilities held at a time: 16 MiB in float32
 
 
 ENOUGH = 256    # positions whose products are as fast as those of many
