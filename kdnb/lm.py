@@ -486,25 +486,26 @@ _KEEPERS = [0]  # how many blocks of `_freed_memory_kept` are open
 
 
 @contextlib.contextmanager
-def _freed_memory_kept():
+def _freed_memory_kept(below: int = 2**29):  # bytes; larger arrays come from the system and go back to it
     "Freed memory stays with this process until the last open block ends."
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):
         yield
         return
 
-    def keep(bytes_: int):
-        libc.mallopt(-3, bytes_ // 2)  # M_MMAP_THRESHOLD: smaller arrays come from the heap
-        libc.mallopt(-1, bytes_)       # M_TRIM_THRESHOLD: as much may lie unused at the heap's end
+    def keep(below: int, unused: int):
+        libc.mallopt(-3, below)   # M_MMAP_THRESHOLD: smaller arrays come from the heap
+        libc.mallopt(-1, unused)  # M_TRIM_THRESHOLD: as much may lie unused at the heap's end
 
     _KEEPERS[0] += 1
-    keep(2**30)
+    if _KEEPERS[0] == 1:
+        keep(below, 2**30)
     try:
         yield
     finally:
         _KEEPERS[0] -= 1
         if not _KEEPERS[0]:
-            keep(2**26)
+            keep(2**25, 2**26)
             libc.malloc_trim(0)  # also what lies below memory in use
 
 # %% ../nbs/20_lm.ipynb #5d0c7e12
