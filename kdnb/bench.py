@@ -216,7 +216,7 @@ def score_plain(
         ids, mask = _padded(lm, tokens.select(at))
         log_p = (lm.model(input_ids=ids, attention_mask=mask).logits[:, len(lm.prompt_ids) - 1 : -1] / lm.tau).log_softmax(-1)
         target, width = ids[:, len(lm.prompt_ids) :], log_p.shape[1]
-        scores[at, :width] = (log_p.gather(-1, target[..., None])[..., 0] * mask[:, len(lm.prompt_ids) :]).cpu()
+        scores[at, :width] = (log_p.gather(-1, target[..., None])[..., 0] * mask[:, len(lm.prompt_ids) :]).float().cpu()
     return scores
 
 

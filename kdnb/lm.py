@@ -487,14 +487,14 @@ _KEEPERS = [0]  # how many blocks of `_freed_memory_kept` are open
 
 @contextlib.contextmanager
 def _freed_memory_kept(below: int = 2**29):  # bytes; larger arrays come from the system and go back to it
-    "Freed memory stays with this process until the last open block ends."
+    "Freed memory stays with this process until the last open block ends; the first one says what is large."
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):
         yield
         return
 
-    def keep(below: int, unused: int):
-        libc.mallopt(-3, below)   # M_MMAP_THRESHOLD: smaller arrays come from the heap
+    def keep(mapped: int, unused: int):
+        libc.mallopt(-3, mapped)  # M_MMAP_THRESHOLD: smaller arrays come from the heap
         libc.mallopt(-1, unused)  # M_TRIM_THRESHOLD: as much may lie unused at the heap's end
 
     _KEEPERS[0] += 1

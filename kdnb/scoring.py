@@ -18,6 +18,7 @@ from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
 LOGITS = 2**22  # next-token log-probabilities held at a time: 16 MiB in float32
+_blocks_returned = _freed_memory_kept(below=2 * LOGITS)  # half a block: kept in the heap, the next one would often find no hole of its size
 
 
 ENOUGH = 256    # positions whose products are as fast as those of many
@@ -55,7 +56,7 @@ def _mean_states(states: Float[Tensor, "r h"], length: Int64[Tensor, " n"]) -> F
     return torch.zeros(len(length), states.shape[-1]).index_add_(0, owner, states.float().cpu()) / length[:, None]
 
 # %% ../nbs/22_scoring.ipynb #7a25046c
-@_freed_memory_kept(below=2**23)  # blocks of log-probabilities would not find a hole of their size in the heap
+@_blocks_returned
 @torch.inference_mode()
 def score_lm(
     lm: LM,
@@ -89,7 +90,7 @@ class LogProbs(NamedTuple):
     embedding: Float32[Tensor, "n h"] | None = None   # mean final hidden state of q over the prefixes; see `kdnb.geometry`
 
 
-@_freed_memory_kept(below=2**23)  # blocks of log-probabilities would not find a hole of their size in the heap
+@_blocks_returned
 @torch.inference_mode()
 def log_probs(
     p: LM,                 # the model that drew `tokens`

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from joblib import wrap_non_picklable_objects
 from scipy import stats
 
 from kdnb import bench
-from kdnb.bench import Contest, alternate, in_processes
+from kdnb.bench import Contest, alternate, in_processes, score_plain
+from kdnb.lm import Tokens, llama_config, new_lm, toy_lm
+from kdnb.scoring import LOGITS, score_lm
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,6 +77,20 @@ def test_the_peak_is_what_was_held_at_a_time():
     counted = 2**20  # the kernel counts resident pages in batches of 64 a thread
     assert 1e8 - counted <= large.peak_bytes < 1.2e8
     assert small.peak_bytes < 3e7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are not known")
+def test_scoring_takes_a_quarter_of_the_plain_memory_whatever_the_heap_was():
+    lm = replace(new_lm(llama_config(49_152, 576, 2, positions=129), 0, like=toy_lm(vocab_size=49_152)), max_length=128)
+    ours, plain = [], []
+    for seed in range(3):  # in one process, where the plain side leaves its holes
+        rng = torch.Generator().manual_seed(seed)
+        length, ids = torch.randint(8, 129, (16,), generator=rng), torch.randint(49_152, (16, 128), generator=rng)
+        tokens = Tokens(torch.where(torch.arange(128) < length[:, None], ids, -1), length)
+        for score, peaks in ((score_lm, ours), (score_plain, plain), (score_lm, ours)):
+            peaks += [done.peak_bytes for done in in_processes([partial(score, lm, tokens)])]
+    assert max(ours) <= min(plain) / 4
+    assert max(ours) < 6 * 4 * LOGITS  # two blocks at a time, a batch's hidden states, and what the first scoring of a process leaves
 
 
 def executed(name, folder):

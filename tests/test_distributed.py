@@ -29,9 +29,11 @@ CONFIG = TrainConfig(epochs=2, batch_size=15, micro_batch=4)  # the last batch o
 
 
 def world() -> tuple[LM, Tokens, Tokens]:
-    "A student, what it learns, and held-out sequences, an odd number; lengths differ."
+    "A student in double precision, what it learns, and held-out sequences, an odd number; lengths differ."
     toy = toy_lm()
-    return new_lm(llama_config(3, 64, 2), seed=1, like=toy), sample_lm(toy, 91, rng=make_rng(8)), sample_lm(toy, 51, rng=make_rng(9))
+    lm = new_lm(llama_config(3, 64, 2), seed=1, like=toy)
+    lm.model.double()  # AdamW divides by the size of the gradient: where that is nearly zero, the rounding of single precision decides where a weight goes
+    return lm, sample_lm(toy, 91, rng=make_rng(8)), sample_lm(toy, 51, rng=make_rng(9))
 
 
 class Early(Checkpoint):
@@ -111,8 +113,8 @@ def together(tmp_path_factory):
 
 
 def same(found, wanted) -> None:
-    "Two trainings that differ by the order of float32 sums alone."
-    np.testing.assert_allclose(found[0], wanted[0], atol=1e-4)
+    "Two trainings that differ by the order of sums alone."
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
     assert [h["step"] for h in found[1]] == [h["step"] for h in wanted[1]]
     for name in ("epoch", "lr", "tokens"):
         assert [h[name] for h in found[1]] == [h[name] for h in wanted[1]], name
