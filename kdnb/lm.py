@@ -510,7 +510,7 @@ def _freed_memory_kept(below: int = 2**29):  # bytes; larger arrays come from th
 
 # %% ../nbs/20_lm.ipynb #5d0c7e12
 def _onednn(x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "*b o"]:
-    "x Wᵀ, without a gradient."
+    "x Wᵀ by oneDNN, without a gradient."
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
@@ -533,17 +533,24 @@ def _product(layer: torch.nn.Linear, x: Tensor) -> Tensor:
     return _Product.apply(x, layer.weight) if torch.is_grad_enabled() else _onednn(x, layer.weight)
 
 
-def _is_quick(x: Any) -> bool:  # a model, or a tensor
-    "Whether its products are oneDNN's to make."
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return there and x.device.type == "cpu" and x.dtype == torch.float32
+def _is_single(x: Any) -> bool:  # a model, or a tensor
+    "Whether it is on a processor in single precision."
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+@functools.cache
+def _is_onednn_quicker() -> bool:
+    "Whether oneDNN is there, and MKL not at home."
+    cpus = Path("/proc/cpuinfo")
+    is_intel = cpus.exists() and "GenuineIntel" in cpus.read_text()
+    return not is_intel and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @contextlib.contextmanager
 def _quick_products(*models: Any):
-    "Linear layers without a bias multiply by oneDNN inside the block."
+    "Linear layers without a bias multiply by the quicker library inside the block."
     layers = {
-        layer for model in models if _is_quick(model) for layer in model.modules()
+        layer for model in models if _is_single(model) and _is_onednn_quicker() for layer in model.modules()
         if type(layer) is torch.nn.Linear and layer.bias is None and "forward" not in vars(layer)
     }
     for layer in layers:

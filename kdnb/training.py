@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .lm import LM, Tokens, _freed_memory_kept, _inside, _is_quick, _onednn, _quick_products, _quiet_transformers, _transformers, check_tokens
+from .lm import LM, Tokens, _freed_memory_kept, _inside, _is_onednn_quicker, _is_single, _onednn, _quick_products, _quiet_transformers, _transformers, check_tokens
 from .progress import is_watched, track
 from .scoring import _hidden, score_lm
 from .store import _sync, file_hash, has_hash, log, read_json, read_sealed, seal, write_json, write_text
@@ -77,10 +77,10 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Float[Tensor, "r h"], weight: Float[Tensor, "v h"], target: Int64[Tensor, " r"]) -> Float[Tensor, ""]:
-        rows = max(64, CACHED_LOGITS // len(weight))
+        rows, product = max(64, CACHED_LOGITS // len(weight)), _onednn if _is_onednn_quicker() else F.linear
         loss, by_states, by_weight = states.new_zeros(()), torch.empty_like(states), torch.zeros_like(weight.T, memory_format=torch.contiguous_format)
         for h, y, by_h in zip(states.split(rows), target[:, None].split(rows), by_states.split(rows), strict=True):
-            z = _onednn(h, weight)
+            z = product(h, weight)
             p = z.softmax(-1)
             loss += (z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log() - z.gather(-1, y)).sum()  # log Σ exp z, without another exponential
             p.scatter_add_(-1, y, torch.full_like(y, -1.0, dtype=p.dtype))
@@ -103,8 +103,9 @@ def nats_per_token(
     "Negative log-likelihood per token, differentiable."
     states, output = _hidden(lm, tokens), lm.model.lm_head
     target = tokens.ids[_inside(tokens)].to(lm.device)
-    if _is_quick(lm.model) and output.bias is None:
-        return _CrossEntropy.apply(states, output.weight, target)
+    if _is_single(lm.model) and output.bias is None:
+        with torch.autocast("cpu", enabled=False):
+            return _CrossEntropy.apply(states.float(), output.weight, target)
     return F.cross_entropy(output(states).float(), target)
 
 # %% ../nbs/23_training.ipynb #ebe24f3b

@@ -11,7 +11,7 @@ from pyarrow import parquet
 from scipy import stats
 
 from kdnb.core import make_rng, measure, precision, recall
-from kdnb.lm import LM, Tokens, keep_vocab, llama_config, load_lm, load_tokens, new_lm, packaged_gguf, save_lm, save_tokens, toy_lm
+from kdnb.lm import LM, Tokens, _quick_products, keep_vocab, llama_config, load_lm, load_tokens, new_lm, packaged_gguf, save_lm, save_tokens, toy_lm
 from kdnb.sampling import enumerate_lm, inverse_cdf, sample_lm
 from kdnb.scoring import check_drift, log_probs, score_lm
 from kdnb.training import Checkpoint, TrainConfig, backward, nats_per_token, train_lm
@@ -222,7 +222,7 @@ def test_a_restricted_vocabulary_is_the_renormalised_softmax(smol):
     with torch.inference_mode():
         got = small.model(path).logits.log_softmax(-1)
         want = smol.model(names[path]).logits[..., names].log_softmax(-1)
-    np.testing.assert_allclose(got, want, atol=2e-5)  # float32, 30 layers
+    np.testing.assert_allclose(got, want, atol=1e-4)  # float32 logits of up to 30, summed in another order
 
 
 def test_a_model_is_saved_and_read_as_itself(tmp_path, smol):
@@ -355,8 +355,11 @@ def test_the_loss_is_the_score(toy):
 
 
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["float32", "bfloat16"])
-def test_the_loss_and_its_gradient_are_those_of_transformers(is_mixed):
-    "There with the logits of every position, padding among them and masked."
+@pytest.mark.parametrize("is_onednn", [False, True], ids=["MKL", "oneDNN"])
+def test_the_loss_and_its_gradient_are_those_of_transformers(monkeypatch, is_onednn, is_mixed):
+    "There with the logits of every position, padding among them and masked; here by either library."
+    for module in ("lm", "training"):
+        monkeypatch.setattr(f"kdnb.{module}._is_onednn_quicker", lambda: is_onednn)
     lm = new_lm(llama_config(3000, 64, 1), seed=2, like=toy_lm(vocab_size=3000, max_length=12))
     length = torch.randint(1, 13, (300,), generator=make_rng(8))
     ids = torch.randint(3000, (300, 12), generator=make_rng(9))
@@ -365,9 +368,11 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(is_mixed):
     labels = path.where(torch.arange(13) > 0, -1)
     found = []
     with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
-        for loss in (nats_per_token(lm, tokens), lm.model(path.clamp(min=0), labels=labels.where(labels >= 0, -100)).loss):
+        for loss_of in (nats_per_token, lambda lm, _: lm.model(path.clamp(min=0), labels=labels.where(labels >= 0, -100)).loss):
             lm.model.zero_grad()
-            loss.backward()
+            with _quick_products(*[lm.model] * (loss_of is nats_per_token and not is_mixed)):
+                loss = loss_of(lm, tokens)
+                loss.backward()
             found.append((loss, [w.grad.clone() for w in lm.model.parameters()]))
     (ours, gradients), (theirs, expected) = found
     assert ours.dtype == torch.float32
