@@ -255,11 +255,12 @@ def geometry(
     k: int = 5,
     shown: int = 300,             # points of each set in the picture
     seed: int = 0,                # of the map
+    at: Float32[np.ndarray, "_ 2"] | None = None,  # what `project` made of these points, if it was asked already
 ) -> Geometry:
     "The map of named sets of sequences, and their k-NN metrics."
     points = embed_sets(truth, sets, points)
     metrics = _against(points, reference, k)
-    at = project(torch.cat([x[:shown] for x in points.values()]), seed).round(3)
+    at = (project(torch.cat([x[:shown] for x in points.values()]), seed) if at is None else at).round(3)
     parts = {name: truth.texts(tokens.select(slice(0, shown))) for name, tokens in sets.items()}
     who = [name for name, texts in parts.items() for _ in texts]
     return Geometry(pd.DataFrame({"series": who, "x": at[:, 0], "y": at[:, 1], "text": [text for texts in parts.values() for text in texts]}), metrics)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .cli import one_line
 from .core import make_rng
-from .store import artifact, read_json, versions
+from .store import artifact, file_hash, read_json, versions
 
 
 def _transformers() -> Any:
@@ -383,6 +383,18 @@ def _check_weight_files(folder: Path) -> None:
         raise ValueError(f"{pickles[0]} is no safetensors file")
 
 
+_TOKENIZERS: dict = {}  # by the hashes of their files
+
+
+def _tokenizer(folder: Path) -> Any:
+    "A folder's tokenizer; models whose files for it are the same share one, because reading it takes longer than reading a small model."
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and ("token" in p.name or p.suffix in (".jinja", ".txt", ".model"))]
+    key = (read_json(folder / "config.json").get("model_type"), *((p.name, file_hash(p)) for p in files))
+    if key not in _TOKENIZERS:
+        _TOKENIZERS[key] = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return _TOKENIZERS[key]
+
+
 def load_lm(
     source: str | os.PathLike,               # "smollm2-135m-instruct", a folder, or a hub id
     prompt: str | None = None,               # text before every sequence; omitted: as saved by `save_lm`, else "The"
@@ -399,7 +411,7 @@ def load_lm(
             saved = read_json(folder / NOTES) if (folder / NOTES).exists() else {}
             _check_weight_files(folder)
             model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-            tokenizer = hf.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = _tokenizer(folder)
         except Exception as error:  # transformers, tokenizers and safetensors each raise their own kinds
             first = next(iter(str(error).splitlines()), type(error).__name__)
             why = "it needs code of its own, which is never run" if "custom code" in first else first

@@ -295,6 +295,10 @@ class Pipeline:
         "Per seed the student and its training history."
         return self._trained([self._student_recipe(s) for s in range(self.params.n_seeds)])
 
+    def histories(self) -> list[dict]:
+        "Per seed the student's training history, without its network."
+        return [read_json(a.path / "history.json") for a in artifacts([self._student_recipe(s) for s in range(self.params.n_seeds)])]
+
     # ---- scores ----
 
     def _student_draws_recipe(self, seed: int) -> Recipe:

@@ -82,7 +82,8 @@ class _CrossEntropy(torch.autograd.Function):
         for h, y, by_h in zip(states.split(rows), target[:, None].split(rows), by_states.split(rows), strict=True):
             z = product(h, weight)
             p = z.softmax(-1)
-            loss += (z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log() - z.gather(-1, y)).sum()  # log Σ exp z, without another exponential
+            likelihood = p.gather(-1, y)
+            loss -= likelihood.log().sum() if likelihood.min() > 1e-30 else (z.gather(-1, y) - z.logsumexp(-1, keepdim=True)).sum()  # below it float32 ends
             p.scatter_add_(-1, y, torch.full_like(y, -1.0, dtype=p.dtype))
             torch.mm(p, weight, out=by_h)
             by_weight.addmm_(h.T, p)
