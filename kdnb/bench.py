@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .core import Estimate, estimate
-from .lm import LM, Tokens, _is_onednn_quicker, _is_single, _onednn, _quiet_transformers
+from .lm import LM, Tokens, _is_single, _onednn, _quiet_transformers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,7 +129,7 @@ def machine_rates(
     source = torch.rand(32 * size * size // a.element_size(), dtype=dtype, device=device)
     target, small = torch.empty_like(source), source[: 2**16].clone()
 
-    products = [lambda: a @ a, *([lambda: _onednn(a, a)] if _is_single(a) and _is_onednn_quicker() else [])]  # of the quicker library
+    products = [lambda: a @ a, *([lambda: _onednn(a, a)] if _is_single(a) and hasattr(torch.ops.mkldnn, "_linear_pointwise") else [])]  # of either library
 
     def best(work: Callable[[], Any], amount: float) -> float:
         return max(_rate(lambda: (work(), amount)[1]) for _ in range(tries))
