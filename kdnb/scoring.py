@@ -18,7 +18,7 @@ from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
 LOGITS = 2**22  # next-token log-probabilities held at a time: 16 MiB in float32
-_blocks_returned = _freed_memory_kept(below=2 * LOGITS)  # half a block: kept in the heap, the next one would often find no hole of its size
+_blocks_returned = _freed_memory_kept(below=7 * LOGITS // 2)  # bytes, seven eighths of a block: kept in the heap, the next one would often find no hole of its size; smaller arrays stay
 
 
 ENOUGH = 256    # positions whose products are as fast as those of many
