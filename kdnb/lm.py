@@ -384,12 +384,14 @@ def _check_weight_files(folder: Path) -> None:
 
 
 _TOKENIZERS: dict = {}  # by the hashes of their files
+_NOT_THE_TOKENIZERS = ("config.json", "generation_config.json", "kdnb.json", "history.json", "manifest.json")
 
 
 def _tokenizer(folder: Path) -> Any:
     "A folder's tokenizer; models whose files for it are the same share one, because reading it takes longer than reading a small model."
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and ("token" in p.name or p.suffix in (".jinja", ".txt", ".model"))]
-    key = (read_json(folder / "config.json").get("model_type"), *((p.name, file_hash(p)) for p in files))
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".jinja", ".txt", ".model") and p.name not in _NOT_THE_TOKENIZERS]
+    config = read_json(folder / "config.json")
+    key = (*(str(config.get(name)) for name in ("model_type", "tokenizer_class", "auto_map")), *((p.name, file_hash(p)) for p in files))
     if key not in _TOKENIZERS:
         _TOKENIZERS[key] = _transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return _TOKENIZERS[key]
@@ -556,6 +558,11 @@ def _is_onednn_quicker() -> bool:
     cpus = Path("/proc/cpuinfo")
     is_intel = cpus.exists() and "GenuineIntel" in cpus.read_text()
     return not is_intel and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _times(x: Float[Tensor, "r i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "r o"]:
+    "x Wᵀ in single precision by the quicker library, without a gradient."
+    return _onednn(x, w) if _is_onednn_quicker() else torch.nn.functional.linear(x, w)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .lm import LM, Tokens, _freed_memory_kept, _inside, _is_onednn_quicker, _is_single, _onednn, _quick_products, _quiet_transformers, _transformers, check_tokens
+from .lm import LM, Tokens, _freed_memory_kept, _inside, _is_single, _quick_products, _quiet_transformers, _times, _transformers, check_tokens
 from .progress import is_watched, track
 from .scoring import _hidden, score_lm
 from .store import _sync, file_hash, has_hash, log, read_json, read_sealed, seal, write_json, write_text
@@ -77,10 +77,10 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Float[Tensor, "r h"], weight: Float[Tensor, "v h"], target: Int64[Tensor, " r"]) -> Float[Tensor, ""]:
-        rows, product = max(64, CACHED_LOGITS // len(weight)), _onednn if _is_onednn_quicker() else F.linear
+        rows = max(64, CACHED_LOGITS // len(weight))
         loss, by_states, by_weight = states.new_zeros(()), torch.empty_like(states), torch.zeros_like(weight.T, memory_format=torch.contiguous_format)
         for h, y, by_h in zip(states.split(rows), target[:, None].split(rows), by_states.split(rows), strict=True):
-            z = product(h, weight)
+            z = _times(h, weight)
             p = z.softmax(-1)
             likelihood = p.gather(-1, y)
             loss -= likelihood.log().sum() if likelihood.min() > 1e-30 else (z.gather(-1, y) - z.logsumexp(-1, keepdim=True)).sum()  # below it float32 ends

@@ -237,6 +237,17 @@ def test_a_model_is_saved_and_read_as_itself(tmp_path, smol):
 # ---- bad input ----
 
 
+def test_models_share_a_tokenizer_only_if_its_files_are_the_same(tmp_path, smol):
+    lm = new_lm(llama_config(smol.vocab_size, width=64, layers=1), seed=0, like=smol)
+    for name in "abc":
+        save_lm(lm, tmp_path / name)
+    settings = json.loads((tmp_path / "c" / "tokenizer_config.json").read_text())
+    (tmp_path / "c" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 7}))
+    a, b, c = (load_lm(tmp_path / name).tokenizer for name in "abc")
+    assert a is b
+    assert c.model_max_length == 7 != a.model_max_length
+
+
 def test_a_missing_package_is_named(monkeypatch):
     from importlib import metadata
 
@@ -358,8 +369,7 @@ def test_the_loss_is_the_score(toy):
 @pytest.mark.parametrize("is_onednn", [False, True], ids=["MKL", "oneDNN"])
 def test_the_loss_and_its_gradient_are_those_of_transformers(monkeypatch, is_onednn, is_mixed):
     "There with the logits of every position, padding among them and masked; here by either library."
-    for module in ("lm", "training"):
-        monkeypatch.setattr(f"kdnb.{module}._is_onednn_quicker", lambda: is_onednn)
+    monkeypatch.setattr("kdnb.lm._is_onednn_quicker", lambda: is_onednn)
     lm = new_lm(llama_config(3000, 64, 1), seed=2, like=toy_lm(vocab_size=3000, max_length=12))
     length = torch.randint(1, 13, (300,), generator=make_rng(8))
     ids = torch.randint(3000, (300, 12), generator=make_rng(9))
