@@ -18,7 +18,7 @@ from scipy import stats
 from kdnb import bench
 from kdnb.bench import Contest, alternate, in_processes, score_plain
 from kdnb.lm import Tokens, llama_config, new_lm, toy_lm
-from kdnb.scoring import score_lm
+from kdnb.scoring import LOGITS, score_lm
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,6 +90,7 @@ def test_scoring_takes_a_quarter_of_the_plain_memory_whatever_the_heap_was():
         for score, peaks in ((score_lm, ours), (score_plain, plain), (score_lm, ours)):
             peaks += [done.peak_bytes for done in in_processes([partial(score, lm, tokens)])]
     assert max(ours) <= min(plain) / 4
+    assert max(ours) < 6 * 4 * LOGITS  # two blocks at a time, a batch's hidden states, and what the first scoring of a process leaves
 
 
 def executed(name, folder):

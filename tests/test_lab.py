@@ -93,7 +93,7 @@ def test_lab_runs_the_start_notebook_and_shows_its_charts(lab, driver):
     charts = (ROOT / "nbs" / "start.ipynb").read_text().count('"application/vnd.vegalite.v5+json"')
     driver.get_log("browser"), driver.get_log("performance")
     driver.get(lab)
-    wait = WebDriverWait(driver, 300)
+    wait = WebDriverWait(driver, 120)
     wait.until(lambda d: len(d.execute_script(CELLS)) > 5)
     wait.until(lambda d: d.execute_script(DRAWN) == charts == 3)  # as saved, before anything runs
     driver.execute_script("window.jupyterapp.shell.currentWidget.content.widgets.forEach(c => c.model.clearExecution?.())")
