@@ -499,17 +499,29 @@ def keep_vocab(
 _KEEPERS = [0]  # how many blocks of `_freed_memory_kept` are open
 
 
+@functools.cache
+def _glibc() -> Any:
+    "The allocator of this process, if it can be told what to keep; else None."
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") else None
+
+
+def _freed_memory_returned() -> None:
+    "Freed memory goes back to the system now, also what lies below memory in use."
+    if _glibc():
+        _glibc().malloc_trim(0)
+
+
 @contextlib.contextmanager
 def _freed_memory_kept(below: int = 2**29):  # bytes; larger arrays come from the system and go back to it
     "Freed memory stays with this process until the last open block ends; the first one says what is large."
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):
+    if not _glibc():
         yield
         return
 
     def keep(mapped: int, unused: int):
-        libc.mallopt(-3, mapped)  # M_MMAP_THRESHOLD: smaller arrays come from the heap
-        libc.mallopt(-1, unused)  # M_TRIM_THRESHOLD: as much may lie unused at the heap's end
+        _glibc().mallopt(-3, mapped)  # M_MMAP_THRESHOLD: smaller arrays come from the heap
+        _glibc().mallopt(-1, unused)  # M_TRIM_THRESHOLD: as much may lie unused at the heap's end
 
     _KEEPERS[0] += 1
     if _KEEPERS[0] == 1:
@@ -520,7 +532,7 @@ def _freed_memory_kept(below: int = 2**29):  # bytes; larger arrays come from th
         _KEEPERS[0] -= 1
         if not _KEEPERS[0]:
             keep(2**25, 2**26)
-            libc.malloc_trim(0)  # also what lies below memory in use
+            _freed_memory_returned()
 
 # %% ../nbs/20_lm.ipynb #5d0c7e12
 def _onednn(x: Float[Tensor, "*b i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "*b o"]:

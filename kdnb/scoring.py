@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from .lm import LM, Tokens, _freed_memory_kept, _inside, _quick_products, check_tokens
+from .lm import LM, Tokens, _freed_memory_kept, _freed_memory_returned, _inside, _quick_products, check_tokens
 from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
@@ -72,10 +72,11 @@ def score_lm(
         for index in track(_batches(tokens, batch_size), desc="score", unit="batch"):
             part = tokens.select(index)
             inside = _inside(part)
-            ids = part.ids[inside].to(lm.device)
+            ids, hidden = part.ids[inside].to(lm.device), _hidden(lm, part)
+            _freed_memory_returned()  # what the network used, before the blocks need as much
             scores = [
                 _next_log_prob(lm, states).gather(-1, target[:, None])[:, 0]
-                for states, target in zip(_hidden(lm, part).split(rows), ids.split(rows), strict=True)
+                for states, target in zip(hidden.split(rows), ids.split(rows), strict=True)
             ]
             block = torch.zeros(part.ids.shape)
             block[inside] = torch.cat(scores).cpu()
@@ -118,6 +119,7 @@ def log_probs(
                 hidden = _hidden(lm, part)
                 means[network][index] = _mean_states(hidden, part.length)
                 states[network] = hidden.split(rows)
+            _freed_memory_returned()
             for k in range(len(owner)):
                 log_p = _next_log_prob(p, states[id(p.model)][k]).cpu() if kept is None else kept[k]
                 prob = log_p.exp()
