@@ -171,7 +171,7 @@ def in_processes(
 
     with warnings.catch_warnings(), parallel_config("loky", inner_max_num_threads=1):
         warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # joblib replaces idle workers
-        return Parallel(len(works), batch_size=1)(delayed(_measured)(work) for work in works)
+        return Parallel(max(2, len(works)), batch_size=1)(delayed(_measured)(work) for work in works)  # for one, joblib would run it here
 
 # %% ../nbs/48_bench.ipynb #f7540426
 def _padded(lm: LM, tokens: Tokens, width: int | None = None) -> tuple[Tensor, Tensor]:

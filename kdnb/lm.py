@@ -383,8 +383,9 @@ def _check_weight_files(folder: Path) -> None:
         raise ValueError(f"{pickles[0]} is no safetensors file")
 
 
+NOTES = "kdnb.json"  # what `save_lm` writes beside the weights
 _TOKENIZERS: dict = {}  # by the hashes of their files
-_NOT_THE_TOKENIZERS = ("config.json", "generation_config.json", "kdnb.json", "history.json", "manifest.json")
+_NOT_THE_TOKENIZERS = ("config.json", "generation_config.json", NOTES, "history.json", "manifest.json")
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -430,9 +431,6 @@ def load_lm(
         model.to(device).eval(), tuple(prompt_ids), tuple(stop_ids), max_length or saved.get("max_length", 32),
         vocab_ids=tuple(vocab_ids) if vocab_ids else None, tokenizer=tokenizer,
     )
-
-
-NOTES = "kdnb.json"  # what `save_lm` writes beside the weights
 
 
 def save_lm(

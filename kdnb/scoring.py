@@ -18,7 +18,7 @@ from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
 LOGITS = 2**22  # next-token log-probabilities held at a time: 16 MiB in float32
-_blocks_returned = _freed_memory_kept(below=7 * LOGITS // 2)  # bytes, seven eighths of a block: kept in the heap, the next one would often find no hole of its size; smaller arrays stay
+_blocks_returned = _freed_memory_kept(below=7 * LOGITS // 2)  # bytes, seven eighths of a block: smaller arrays are kept for the next
 
 
 ENOUGH = 256    # positions whose products are as fast as those of many
@@ -46,6 +46,7 @@ def _hidden(lm: LM, tokens: Tokens) -> Float[Tensor, "r h"]:
 
 def _next_log_prob(lm: LM, states: Float[Tensor, "r h"]) -> Float[Tensor, "r v"]:
     "Next-token log-probabilities, nats, at the model's temperature."
+    _freed_memory_returned()  # what the network and the block before used; this one may be laid elsewhere
     logits = lm.model.lm_head(states).float()
     return (logits if lm.tau == 1 else logits / lm.tau).log_softmax(-1)
 
@@ -73,7 +74,6 @@ def score_lm(
             part = tokens.select(index)
             inside = _inside(part)
             ids, hidden = part.ids[inside].to(lm.device), _hidden(lm, part)
-            _freed_memory_returned()  # what the network used, before the blocks need as much
             scores = [
                 _next_log_prob(lm, states).gather(-1, target[:, None])[:, 0]
                 for states, target in zip(hidden.split(rows), ids.split(rows), strict=True)
@@ -119,7 +119,6 @@ def log_probs(
                 hidden = _hidden(lm, part)
                 means[network][index] = _mean_states(hidden, part.length)
                 states[network] = hidden.split(rows)
-            _freed_memory_returned()
             for k in range(len(owner)):
                 log_p = _next_log_prob(p, states[id(p.model)][k]).cpu() if kept is None else kept[k]
                 prob = log_p.exp()

@@ -236,9 +236,6 @@ def test_a_model_is_saved_and_read_as_itself(tmp_path, smol):
     assert torch.equal(sample_lm(back, 5, rng=make_rng(0)).ids, sample_lm(fresh, 5, rng=make_rng(0)).ids)
 
 
-# ---- bad input ----
-
-
 def test_models_share_a_tokenizer_only_if_its_files_are_the_same(tmp_path, smol):
     lm = new_lm(llama_config(smol.vocab_size, width=64, layers=1), seed=0, like=smol)
     for name in "abc":
@@ -248,6 +245,9 @@ def test_models_share_a_tokenizer_only_if_its_files_are_the_same(tmp_path, smol)
     a, b, c = (load_lm(tmp_path / name).tokenizer for name in "abc")
     assert a is b
     assert c.model_max_length == 7 != a.model_max_length
+
+
+# ---- bad input ----
 
 
 def test_a_missing_package_is_named(monkeypatch):
