@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
+from torch.nn.functional import linear
 
-from .lm import LM, Tokens, _freed_memory_kept, _freed_memory_returned, _inside, _quick_products, check_tokens
+from .lm import LM, Tokens, _freed_memory_kept, _freed_memory_returned, _inside, _is_single, _quick_products, _times, check_tokens
 from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
@@ -57,17 +58,32 @@ def _mean_states(states: Float[Tensor, "r h"], length: Int64[Tensor, " n"]) -> F
     return torch.zeros(len(length), states.shape[-1]).index_add_(0, owner, states.float().cpu()) / length[:, None]
 
 # %% ../nbs/22_scoring.ipynb #7a25046c
+def _token_log_prob(lm: LM, states: Float[Tensor, "r h"], target: Int64[Tensor, " r"], columns: int) -> Float[Tensor, " r"]:
+    "Log-probability of one next token of each state, nats, at the model's temperature; the logits of a part of the vocabulary are held at a time."
+    head, own, normalizers = lm.model.lm_head, states.new_zeros(len(states), dtype=torch.float32), []
+    for at in range(0, lm.vocab_size, columns):
+        logits = (_times if _is_single(states) else linear)(states, head.weight[at : at + columns])
+        logits = (logits if head.bias is None else logits + head.bias[at : at + columns]).float()
+        normalizers.append((logits if lm.tau == 1 else logits / lm.tau).logsumexp(-1))
+        here = (target >= at) & (target < at + columns)
+        own = torch.where(here, logits.gather(-1, (target - at).clamp(0, logits.shape[1] - 1)[:, None])[:, 0], own)
+    return (own.double() / lm.tau - torch.stack(normalizers).double().logsumexp(0)).clamp(max=0).float()
+
+
 @_blocks_returned
 @torch.inference_mode()
 def score_lm(
     lm: LM,
     tokens: Tokens,
     batch_size: int = 64,  # sequences per pass of the network
-    rows: int | None = None, # positions per pass of the output layer; omitted: `LOGITS` numbers' worth
+    rows: int | None = None,    # positions per pass of the output layer,
+    columns: int | None = None, # and tokens of the vocabulary; omitted: logits that stay in a processor's cache, else `LOGITS` of them
 ) -> Float[Tensor, "n t"]: # nats; 0 beyond the end
     "log p(x_t | x_<t) of every token, the stop token included."
     check_tokens(lm, tokens)
-    rows = rows or max(1, LOGITS // lm.vocab_size)
+    in_cache = lm.device.type == "cpu"
+    rows = rows or (512 if in_cache else max(1, LOGITS // lm.vocab_size))
+    columns = columns or (1024 if in_cache else lm.vocab_size)
     out = torch.zeros(tokens.ids.shape)
     with _quick_products(lm.model):
         for index in track(_batches(tokens, batch_size), desc="score", unit="batch"):
@@ -75,7 +91,7 @@ def score_lm(
             inside = _inside(part)
             ids, hidden = part.ids[inside].to(lm.device), _hidden(lm, part)
             scores = [
-                _next_log_prob(lm, states).gather(-1, target[:, None])[:, 0]
+                _token_log_prob(lm, states, target, columns)
                 for states, target in zip(hidden.split(rows), ids.split(rows), strict=True)
             ]
             block = torch.zeros(part.ids.shape)

@@ -132,6 +132,26 @@ def test_long_prompts_share_their_cache(toy):
     np.testing.assert_allclose(tokens.log_prob, score_lm(lm, tokens), atol=1e-5)
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.25])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_vocabulary_in_parts_scores_as_a_whole(tau, has_bias):
+    """Logits beyond ±30, 2,500 tokens in parts of 1,024 and of 999; the slow path is a softmax of all of them in double precision."""
+    lm = replace(new_lm(llama_config(2_500, 64, 1), seed=0, like=toy_lm(vocab_size=2_500)), max_length=4).sharpen(tau)
+    rng = torch.Generator().manual_seed(0)
+    head = lm.model.lm_head = torch.nn.Linear(64, 2_500, bias=has_bias)
+    torch.nn.init.normal_(head.weight, std=2, generator=rng)
+    tokens = Tokens(torch.randint(1, 2_500, (40, 4), generator=rng), torch.full((40,), 4))
+    with torch.inference_mode():
+        prompt = torch.tensor(lm.prompt_ids).expand(40, -1)
+        logits = lm.model(input_ids=torch.cat([prompt, tokens.ids], 1)).logits[:, len(lm.prompt_ids) - 1 : -1].double() / tau
+    want = logits.log_softmax(-1).gather(-1, tokens.ids[..., None])[..., 0]
+    assert logits.max() > 30 and want.min() < -60 * tau
+    likeliest = Tokens(logits[:, :1].argmax(-1), torch.ones(40, dtype=torch.int64))  # log-probabilities of nearly 0
+    for columns in (None, 999, 5_000):
+        np.testing.assert_allclose(score_lm(lm, tokens, columns=columns), want, rtol=1e-6, atol=1e-5)
+        assert score_lm(lm, likeliest, columns=columns).max() <= 0
+
+
 # ---- six defects of the paper's public code ----
 
 
