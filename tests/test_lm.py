@@ -145,7 +145,7 @@ def test_a_vocabulary_in_parts_scores_as_a_whole(tau, has_bias):
         prompt = torch.tensor(lm.prompt_ids).expand(40, -1)
         logits = lm.model(input_ids=torch.cat([prompt, tokens.ids], 1)).logits[:, len(lm.prompt_ids) - 1 : -1].double() / tau
     want = logits.log_softmax(-1).gather(-1, tokens.ids[..., None])[..., 0]
-    assert logits.max() > 30 and want.min() < -60 * tau
+    assert logits.max() > 30
     likeliest = Tokens(logits[:, :1].argmax(-1), torch.ones(40, dtype=torch.int64))  # log-probabilities of nearly 0
     for columns in (None, 999, 5_000):
         np.testing.assert_allclose(score_lm(lm, tokens, columns=columns), want, rtol=1e-6, atol=1e-5)
