@@ -34,8 +34,8 @@ def as_points(
     x = as_float64(x)
     if x.ndim < 2:
         raise ValueError(f"{name} must have shape (..., n, d), got {tuple(x.shape)}; a single point is {name}[None], a single feature {name}[:, None]")
-    if not (finite := x.isfinite()).all():
-        at = (~finite).nonzero()[0].tolist()
+    if x.numel() and not torch.stack(x.aminmax()).isfinite().all():  # of all points, that would need as much memory as they do
+        at = (~x.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"{name} must be finite, got {x[tuple(at)].item()} at {at}; drop or repair that point")
     return x
 

@@ -81,6 +81,14 @@ def test_the_peak_is_what_was_held_at_a_time():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a peak is read from /proc, which Linux alone has; elsewhere it is nan, and the test above says so")
+def test_what_was_handed_over_is_not_counted():
+    handed = np.ones(10**8 // 8)
+    [done] = in_processes([lambda: handed.sum()])
+    assert done.value == len(handed)
+    assert done.peak_bytes < 3e7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a peak is read from /proc, which Linux alone has; elsewhere it is nan, and the test above says so")
 def test_scoring_takes_a_quarter_of_the_plain_memory_whatever_the_heap_was():
     lm = replace(new_lm(llama_config(49_152, 576, 2, positions=129), 0, like=toy_lm(vocab_size=49_152)), max_length=128)
 
