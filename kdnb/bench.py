@@ -169,7 +169,7 @@ def in_processes(
     "Run functions at the same time, each in a process of its own with one thread; processes are kept and used again."
     from joblib import Parallel, delayed, parallel_config
 
-    with warnings.catch_warnings(), parallel_config("loky", inner_max_num_threads=1, max_nbytes=None):
+    with warnings.catch_warnings(), parallel_config("loky", inner_max_num_threads=1, max_nbytes=None):  # large arrays are copied: those in a mapped file would count once they are read
         warnings.filterwarnings("ignore", "A worker stopped while some jobs")  # joblib replaces idle workers
         return Parallel(max(2, len(works)), batch_size=1)(delayed(_measured)(work) for work in works)  # for one, joblib would run it here
 

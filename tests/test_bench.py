@@ -17,6 +17,8 @@ from scipy import stats
 
 from kdnb import bench
 from kdnb.bench import Contest, alternate, in_processes, score_plain
+from kdnb.core import make_rng
+from kdnb.em import fit_em
 from kdnb.lm import Tokens, llama_config, new_lm, toy_lm
 from kdnb.scoring import LOGITS, score_lm
 
@@ -70,25 +72,40 @@ def test_each_works_in_a_process_of_its_own_with_one_thread():
     assert first.value[1] == second.value[1] == "1"
 
 
+def known(*peaks):
+    "Whether the system tells peaks, as Linux does in /proc; elsewhere they are nan."
+    assert np.isnan(peaks).tolist() == [sys.platform != "linux"] * len(peaks)
+    return sys.platform == "linux"
+
+
 def test_the_peak_is_what_was_held_at_a_time():
     small, large = in_processes([lambda n=n: float(np.ones(n // 8).sum()) for n in (8 * 10**6, 10**8)])
-    if sys.platform != "linux":
-        assert np.isnan([small.peak_bytes, large.peak_bytes]).all()  # not known, and said so
-        return
-    counted = 2**20  # the kernel counts resident pages in batches of 64 a thread
-    assert 1e8 - counted <= large.peak_bytes < 1.2e8
-    assert small.peak_bytes < 3e7
+    if known(small.peak_bytes, large.peak_bytes):
+        counted = 2**20  # the kernel counts resident pages in batches of 64 a thread
+        assert 1e8 - counted <= large.peak_bytes < 1.2e8
+        assert small.peak_bytes < 3e7
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a peak is read from /proc, which Linux alone has; elsewhere it is nan, and the test above says so")
 def test_what_was_handed_over_is_not_counted():
     handed = np.ones(10**8 // 8)
     [done] = in_processes([lambda: handed.sum()])
     assert done.value == len(handed)
-    assert done.peak_bytes < 3e7
+    if known(done.peak_bytes):
+        assert done.peak_bytes < 3e7
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a peak is read from /proc, which Linux alone has; elsewhere it is nan, and the test above says so")
+def test_memory_of_em_does_not_grow_with_the_number_of_problems():
+    """Beyond the points, of which 12,800 problems have 205 MB; a block's worth was 20 to 51 MB."""
+
+    def peak(b):
+        x = torch.randn(b, 1000, 2, dtype=torch.float64, generator=make_rng(0))
+        return bench._measured(lambda: fit_em(x, 4, means_init=x[:, :4], max_iter=2)).peak_bytes
+
+    few, many = [done.value for done in in_processes([lambda b=b: peak(b) for b in (400, 12_800)])]
+    if known(few, many):
+        assert many < few + 5e7
+
+
 def test_scoring_takes_a_quarter_of_the_plain_memory_whatever_the_heap_was():
     lm = replace(new_lm(llama_config(49_152, 576, 2, positions=129), 0, like=toy_lm(vocab_size=49_152)), max_length=128)
 
@@ -104,8 +121,9 @@ def test_scoring_takes_a_quarter_of_the_plain_memory_whatever_the_heap_was():
         return ours, plain
 
     [(ours, plain)] = [done.value for done in in_processes([peaks])]
-    assert max(ours) <= min(plain) / 4
-    assert max(ours) < 6 * 4 * LOGITS  # two blocks at a time, a batch's hidden states, and what the first scoring of a process leaves
+    if known(*ours, *plain):
+        assert max(ours) <= min(plain) / 4
+        assert max(ours) < 6 * 4 * LOGITS  # a batch's activations, and what the first scoring of a process leaves
 
 
 def executed(name, folder):

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 import warnings
 
 import numpy as np
@@ -12,7 +11,7 @@ from scipy import stats
 from scipy.special import logsumexp
 from sklearn.mixture import GaussianMixture
 
-from kdnb import bench, em
+from kdnb import em
 from kdnb.core import make_rng
 from kdnb.em import fit_em
 from kdnb.mixture import Mixture, grid_truth
@@ -164,18 +163,6 @@ def test_leading_axes_are_problems():
     assert nested.mixture.batch_shape == (2, 3)
     np.testing.assert_array_equal(nested.mixture.means.reshape(6, 2, 2), flat.mixture.means)
     np.testing.assert_array_equal(nested.log_likelihood.reshape(6), flat.log_likelihood)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a peak is read from /proc, which Linux alone has")
-def test_memory_does_not_grow_with_the_number_of_problems():
-    """Beyond the points: a block's worth for 400 problems and for 12,800, whose points take 205 MB."""
-
-    def peak(b):
-        x = torch.randn(b, 1000, 2, dtype=torch.float64, generator=make_rng(0))
-        return bench._measured(lambda: fit_em(x, 4, means_init=x[:, :4], max_iter=2)).peak_bytes
-
-    [few, many] = [done.value for done in bench.in_processes([lambda: peak(400), lambda: peak(12_800)])]
-    assert many < few + 5e7
 
 
 def test_kmeans_plus_plus_finds_eight_far_clusters():
