@@ -300,6 +300,7 @@ def test_a_cell_that_hangs_is_ended(folder, capfd):
     file = write_run(folder, "timeout_s: 1.5", "import subprocess, time\nsubprocess.run(['sleep', '98765'])")
     assert main([file, "--quiet"]) == 1
     assert capfd.readouterr().err.splitlines()[1:] == ["toy/single: TimeoutError: cell must end within timeout_s = 1.5 s"]
+    assert list((folder / "reports").rglob("kernel-ipc-*")) == []
     assert states(folder / "reports" / "toy") == {"single": "failed"}
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "98765"]]
 
