@@ -157,6 +157,13 @@ class LM:
         return self.tokenizer.batch_decode([[names[i] for i in row] for row in rows])
 
 # %% ../nbs/20_lm.ipynb #ebe24f3b
+def _check_sizes(**sizes: int | None):
+    "Refuse a number of things at a time below 1; None is a default."
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be >= 1, got {size}")
+
+
 def check_tokens(
     lm: LM,
     tokens: Tokens,

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from .lm import LM, Tokens, _freed_memory_kept, _quick_products
+from .lm import LM, Tokens, _check_sizes, _freed_memory_kept, _quick_products
 from .progress import track
 
 # %% ../nbs/21_sampling.ipynb #6923fce9
@@ -102,8 +102,7 @@ def sample_lm(
     desc: str = "sample",      # of the progress bar
 ) -> Tokens:                   # on the CPU
     "Exact ancestral sampling: no top-k, no top-p, no penalty."
-    if n < 1:
-        raise ValueError(f"n must be >= 1, got {n}")
+    _check_sizes(n=n, batch_size=batch_size)
     lm = lm.sharpen(tau)
     stops = torch.tensor(lm.stop_ids, dtype=torch.int64, device=lm.device)
     prompt = torch.tensor([lm.prompt_ids], device=lm.device)

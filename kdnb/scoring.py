@@ -14,15 +14,13 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .lm import LM, Tokens, _freed_memory_kept, _freed_memory_returned, _inside, _is_single, _quick_products, _times, check_tokens
+from .lm import LM, Tokens, _check_sizes, _freed_memory_kept, _freed_memory_returned, _inside, _is_single, _quick_products, _times, check_tokens
 from .progress import track
 
 # %% ../nbs/22_scoring.ipynb #6923fce9
 LOGITS = 2**22  # next-token log-probabilities held at a time: 16 MiB in float32
 _blocks_returned = _freed_memory_kept(below=7 * LOGITS // 2)  # bytes, seven eighths of a block: smaller arrays are kept for the next
-
-
-ENOUGH = 256    # positions whose products are as fast as those of many
+ENOUGH = 256  # positions whose products are as fast as those of many
 
 
 def _batches(tokens: Tokens, batch_size: int) -> list[Tensor]:
@@ -81,6 +79,7 @@ def score_lm(
 ) -> Float[Tensor, "n t"]: # nats; 0 beyond the end
     "log p(x_t | x_<t) of every token, the stop token included."
     check_tokens(lm, tokens)
+    _check_sizes(batch_size=batch_size, rows=rows, columns=columns)
     in_cache = lm.device.type == "cpu"
     rows = rows or (512 if in_cache else max(1, LOGITS // lm.vocab_size))
     columns = columns or (1024 if in_cache else lm.vocab_size)
@@ -119,6 +118,7 @@ def log_probs(
     "Both scores of each sequence under each q, from one pass of each network."
     for lm in (p, *qs):
         check_tokens(lm, tokens)
+    _check_sizes(batch_size=batch_size, rows=rows)
     rows = rows or max(1, LOGITS // p.vocab_size)
     out = torch.zeros(len(qs), 2, len(tokens.ids), dtype=torch.float64)
     networks = {id(lm.model): lm for lm in ((p, *qs) if tokens.next_log_prob is None else [q for q in qs if q is not p])}  # each runs once, whatever the temperatures

@@ -270,6 +270,20 @@ def test_models_share_a_tokenizer_only_if_its_files_are_the_same(tmp_path, smol)
 # ---- bad input ----
 
 
+@pytest.mark.parametrize("name", ["batch_size", "rows", "columns"])
+def test_none_at_a_time_is_refused(toy, name):
+    tokens = Tokens(torch.tensor([[0]]), torch.tensor([1]))
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"^{name} must be >= 1, got {size}$"):
+            score_lm(toy, tokens, **{name: size})
+        if name == "batch_size":
+            with pytest.raises(ValueError, match=f"^{name} must be >= 1, got {size}$"):
+                sample_lm(toy, 2, rng=make_rng(0), batch_size=size)
+        if name != "columns":
+            with pytest.raises(ValueError, match=f"^{name} must be >= 1, got {size}$"):
+                log_probs(toy, [toy], tokens, **{name: size})
+
+
 def test_a_missing_package_is_named(monkeypatch):
     from importlib import metadata
 
