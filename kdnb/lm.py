@@ -571,10 +571,10 @@ def _is_single(x: Any) -> bool:  # a model, or a tensor
 
 @functools.cache
 def _is_onednn_quicker() -> bool:
-    "Whether oneDNN is there, and MKL not at home."
+    "Whether oneDNN is there with its widest registers, and MKL not at home."
     cpus = Path("/proc/cpuinfo")
     is_intel = cpus.exists() and "GenuineIntel" in cpus.read_text()
-    return not is_intel and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return not is_intel and torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _times(x: Float[Tensor, "r i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "r o"]:
