@@ -103,8 +103,9 @@ def alternate(
 
     turn, rates = wrap_non_picklable_objects(_turn), np.empty((2, repetitions + 1))
     with _process() as first, _process() as second:
-        for side, work in ((first, ours), (second, peer)):
-            side.submit(wrap_non_picklable_objects(functools.partial(_keep, work, threads))).result()
+        kept = [side.submit(wrap_non_picklable_objects(functools.partial(_keep, work, threads))) for side, work in ((first, ours), (second, peer))]
+        for one in kept:
+            one.result()
         for i in range(repetitions + 1):
             for who in (0, 1) if i % 2 else (1, 0):
                 rates[who, i] = (first, second)[who].submit(turn).result()
