@@ -79,10 +79,12 @@ def _leave() -> None:
 
 @contextmanager
 def _process() -> Iterator[ProcessPoolExecutor]:
-    "A process of its own; Ctrl-C is for this one, with which that one ends."
+    "A process of its own, forked from one that has imported what takes seconds; Ctrl-C is for this one, with which that one ends."
     from joblib import wrap_non_picklable_objects
 
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as process:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["kdnb.em", "kdnb.sampling", "kdnb.training", "sklearn.mixture", "transformers.models.llama.modeling_llama"])
+    with ProcessPoolExecutor(1, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as process:
         try:
             yield process
         finally:

@@ -136,12 +136,15 @@ def executed(name, folder):
 
 def test_the_benchmark_runs_in_miniature(tmp_path):
     """Both sides agree to the stated tolerances (asserted in the notebook), and every line of the result is there."""
-    contests = {k: e for k, e in executed("bench", tmp_path).items() if isinstance(e, dict) and "ours_per_s" in e}
+    found = executed("bench", tmp_path)
+    contests = {k: e for k, e in found.items() if isinstance(e, dict) and "ours_per_s" in e}
     assert {k.split(",")[0] for k in contests} >= {"EM", "scoring", "sampling", "training"}
     for name, e in contests.items():
         assert e["ratio"]["lo"] <= e["ratio"]["mean"] <= e["ratio"]["hi"], name
         assert all(r > 0 for r in (*e["ours_per_s"], *e["peer_per_s"])), name
         assert e["ratio"]["mean"] < 1e3, f"{name}: the two sides do not count the same work"
+    assert found["EM, a large grid"]["fits per second"] > 0
+    assert {name: e["parameters"] > 1e7 and e["utilisation"] > 0 for name, e in found["training, gpu tier"].items()} == {"teacher": True, "student": True}
 
 
 def test_plain_library_calls_find_the_same_numbers(tmp_path):
