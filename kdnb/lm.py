@@ -574,7 +574,8 @@ def _is_onednn_quicker() -> bool:
     "Whether oneDNN is there with its widest registers, and MKL not at home."
     cpus = Path("/proc/cpuinfo")
     is_intel = cpus.exists() and "GenuineIntel" in cpus.read_text()
-    return not is_intel and torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return is_wide and not is_intel and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _times(x: Float[Tensor, "r i"], w: Float[Tensor, "o i"]) -> Float[Tensor, "r o"]:

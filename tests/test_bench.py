@@ -144,7 +144,9 @@ def test_the_benchmark_runs_in_miniature(tmp_path):
         assert all(r > 0 for r in (*e["ours_per_s"], *e["peer_per_s"])), name
         assert e["ratio"]["mean"] < 1e3, f"{name}: the two sides do not count the same work"
     assert found["EM, a large grid"]["fits per second"] > 0
-    assert {name: e["parameters"] > 1e7 and e["utilisation"] > 0 for name, e in found["training, gpu tier"].items()} == {"teacher": True, "student": True}
+    larger = found["training, gpu tier"]
+    assert larger["teacher"]["parameters"] > larger["student"]["parameters"] > 1e7
+    assert all(0 < e["utilisation"] < 1 for e in larger.values())
 
 
 def test_plain_library_calls_find_the_same_numbers(tmp_path):
