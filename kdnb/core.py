@@ -62,7 +62,7 @@ def _draws(values: Any, weights: Any, like: np.ndarray | None = None) -> tuple[n
     return y, m
 
 
-def _with_interval(mean: np.ndarray, se: np.ndarray, df: int, n: int) -> Estimate:
+def _with_interval(mean: np.floating | np.ndarray, se: np.floating | np.ndarray, df: int, n: int) -> Estimate:
     "Student's interval; a mean of -inf has an unknown error."
     from scipy.special import stdtrit
 
@@ -71,7 +71,7 @@ def _with_interval(mean: np.ndarray, se: np.ndarray, df: int, n: int) -> Estimat
     half = stdtrit(df, 0.975) * se
     with np.errstate(invalid="ignore"):
         lo, hi = (np.where(known, mean + s * half, s * np.inf) for s in (-1, 1))
-    return Estimate(*(a if a.ndim else float(a) for a in (mean, se, lo, hi)), n)
+    return Estimate(*(a if np.ndim(a) else float(a) for a in (mean, se, lo, hi)), n)
 
 
 def estimate(
@@ -86,7 +86,7 @@ def estimate(
     with np.errstate(invalid="ignore"):  # a draw of probability zero makes the mean -inf
         mean = y.sum(-1) / m.sum(-1)
         se = np.sqrt(n / (n - 1) * ((y - mean[..., None] * m) ** 2).sum(-1)) / m.sum(-1)
-    return _with_interval(np.asarray(mean), se, n - 1, n)
+    return _with_interval(mean, se, n - 1, n)
 
 # %% ../nbs/00_core.ipynb #6b2d9a41
 def estimate_controlled(

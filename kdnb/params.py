@@ -89,6 +89,7 @@ class SmolLM2Params(Params):
     n_train: int = Field(256, ge=1)                  # training sequences
     n_select: int = Field(64, ge=1)                  # sequences that choose the epoch
     n_eval: int = Field(64, ge=2)                    # scored sequences of each side, per seed
+    n_scored: int | None = Field(None, ge=3)         # of the student's, if fewer; its own entropies on eight times as many make up for it
     teacher_shape: Literal["plain", "135m", "360m"] = "plain"  # a published one fixes width and layers
     teacher_width: int = Field(64, ge=64, multiple_of=64)
     teacher_layers: int = Field(2, ge=1)

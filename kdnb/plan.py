@@ -157,6 +157,7 @@ class _Pricer:
         self.truth = replace(self.full, vocab=min(params.vocab_size, self.full.vocab))
         self.roles = {role: Network.of(role_config(params, role, self.truth.vocab, 1 + self.t)) for role in ("teacher", "student")}
         self.bytes = 2 if params.device != "cpu" and params.dtype == "bfloat16" else 4  # of a number on the device
+        self.n_scored = params.n_scored or params.n_eval
         self.keep = keeps_next(params.n_eval, self.t, params.vocab_size)
 
     def _sampler_bytes(self, work: Work) -> int:
@@ -179,9 +180,9 @@ class _Pricer:
         disk = self.full.n_parameters * (4 if packaged else 2) + TOKENIZER_BYTES
         return Price("weights", (), 0, disk, (3 if packaged else 1) * disk, 0, disk / DEQUANTISED_BYTES_S if packaged else 0.0)
 
-    def vocabulary(self) -> Price:
-        "A pilot of the full model."
-        return replace(self._draws("vocabulary", self.full, self.p.n_pilot, TRUTH_BATCH), disk_bytes=ARTIFACT_BYTES + 8 * self.truth.vocab)
+    def pilot(self, n: int) -> Price:
+        "Draws of the full model, of which the mass of each token is kept."
+        return replace(self._draws("pilot", self.full, n, TRUTH_BATCH), disk_bytes=ARTIFACT_BYTES + 8 * self.full.vocab)
 
     def training(self, role: str) -> Price:
         "A teacher or student: every epoch learns and is then judged on held-out sequences."
@@ -199,18 +200,18 @@ class _Pricer:
         "Both sides under both networks; the truth's own distributions need no pass if they were kept."
         from kdnb.scoring import LOGITS
 
-        n, student = self.p.n_eval, self.roles["student"]
-        passes = [student, student, self.truth, *([] if self.keep else [self.truth])]
-        work = tuple(Work("score", net, n, self.t, min(SCORE_BATCH, n), self.prompt, self.bytes) for net in passes)
+        n, few, student = self.p.n_eval, self.n_scored, self.roles["student"]
+        passes = [(student, few), (self.truth, few), (student, n), *([] if self.keep else [(self.truth, n)])]
+        work = tuple(Work("score", net, n, self.t, min(SCORE_BATCH, n), self.prompt, self.bytes) for net, n in passes)
         source = self.full.n_parameters if self.truth != self.full else 0
         networks = (student.n_parameters + self.truth.n_parameters + source) * self.bytes + 4 * LOGITS
         arrays = 40 * n * self.t + 16 * LOGITS + (8 * n * self.t * self.truth.vocab if self.keep else 0)
-        return Price("scores", work, 2 * n * self.t, ARTIFACT_BYTES + 80 * n + self._points_bytes, networks, arrays)
+        return Price("scores", work, (n + few) * self.t, ARTIFACT_BYTES + 80 * n + self._points_bytes, networks, arrays)
 
     @property
     def _points_bytes(self) -> int:
-        "Embeddings of the student's evaluation draws."
-        return 4 * self.p.n_eval * self.truth.width
+        "Embeddings of the student's draws that the truth scores."
+        return 4 * self.n_scored * self.truth.width
 
     def price(self, recipe: Recipe) -> Price:
         "The price of anything that a pipeline asks for."
@@ -223,7 +224,9 @@ class _Pricer:
             return self._draws(stage, self.roles[stage.split("-")[0]], n, SAMPLE_BATCH)
         if stage in self.roles:
             return self.training(stage)
-        return {"vocabulary": self.vocabulary, "scores": self.scores}[stage]()
+        if stage == "pilot":
+            return self.pilot(n)
+        return self.scores() if stage == "scores" else Price(stage, disk_bytes=ARTIFACT_BYTES + 8 * self.truth.vocab)
 
 
 def prices(
@@ -411,7 +414,7 @@ class Machine:
 
 # %% ../nbs/47_plan.ipynb #f95c9363
 STAGES = {
-    "weights": "weights", "vocabulary": "vocabulary", "truth": "truth draws", "teacher": "teachers", "teacher-draws": "teacher draws",
+    "weights": "weights", "pilot": "pilot", "vocabulary": "vocabulary", "truth": "truth draws", "teacher": "teachers", "teacher-draws": "teacher draws",
     "student": "students", "student-draws": "student draws", "scores": "scores",
 }
 

@@ -117,7 +117,7 @@ def test_a_flipped_bit_in_any_artifact(small, caplog, rounds, record_property):
             assert "made again" in caplog.messages[0]
             assert contents(place) == whole, (place, name)
             injected += 1
-    assert {p.parent.name for _, p in places} == {"weights", "vocabulary", "truth", "teacher", "teacher-draws", "student", "student-draws", "scores"}
+    assert {p.parent.name for _, p in places} == {"weights", "pilot", "vocabulary", "truth", "teacher", "teacher-draws", "student", "student-draws", "scores"}
     assert all(map(torch.equal, numbers(small()), before))
     record_property("figures", ("bit flipped in a file of an artifact", injected, injected, injected))
 

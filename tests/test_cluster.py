@@ -276,7 +276,7 @@ def test_truth_teachers_students_and_scores_of_actors_are_those_of_one_process(f
         assert done.returncode == 0, done.stderr[-3000:]
     products = ("*.parquet", "*.safetensors", "vocabulary.json")
     one, actors = files(folder / "one", *products), files(folder / "actors", *products)
-    assert {name.split("/")[0] for name in one} == {"vocabulary", "truth", "teacher", "teacher-draws", "student", "student-draws", "scores"}
+    assert {name.split("/")[0] for name in one} == {"pilot", "vocabulary", "truth", "teacher", "teacher-draws", "student", "student-draws", "scores"}
     assert actors == one
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from kdnb.core import Distribution, Estimate, combine, difference, distill, entropy, estimate, kl, make_rng, measure, precision, recall, ruler, verdict
+from kdnb.core import Distribution, Estimate, combine, difference, distill, entropy, estimate, estimate_controlled, kl, make_rng, measure, precision, recall, ruler, verdict
 
 
 class Normal:
@@ -46,6 +46,37 @@ def test_batched_estimates_are_the_single_ones():
     for i, row in enumerate(values):
         one = estimate(row)
         np.testing.assert_allclose([batch.mean[i], batch.se[i], batch.lo[i], batch.hi[i]], one[:4], rtol=1e-12)
+
+
+def test_controlled_estimates_of_a_batch_are_the_single_ones():
+    rng = np.random.default_rng(0)
+    c, m = rng.normal(size=(3, 2, 90)) - 4, rng.integers(1, 9, (3, 2, 90))
+    y = torch.as_tensor(2 * c[..., :40] + rng.normal(size=(3, 2, 40)))
+    many = estimate_controlled(y, torch.as_tensor(c), m)
+    assert many.n == 40
+    assert np.shape(many.mean) == (3, 2)
+    for at in np.ndindex(3, 2):
+        one = estimate_controlled(y[at], c[at], m[at])
+        np.testing.assert_allclose([f[at] for f in many[:4]], one[:4], rtol=1e-12)
+
+
+@pytest.mark.parametrize("far", [0.0, 1e6])
+def test_a_control_that_knows_everything_leaves_the_error_of_all_draws(far):
+    """y = 3 − 2c: the mean is 3 − 2 of all draws' mean, and so is the error; offsets of a million cost nine digits of the residuals."""
+    c = np.random.default_rng(0).normal(size=400) + far
+    found, every = estimate_controlled(3 - 2 * c[:30], c), estimate(3 - 2 * c)
+    np.testing.assert_allclose(found.mean, every.mean, rtol=1e-12)
+    np.testing.assert_allclose(found.se, every.se * np.sqrt(30 / 28 * 399 / 400), rtol=1e-6)
+
+
+def test_a_controlled_estimate_is_the_plain_one_with_nothing_more_to_know():
+    rng = np.random.default_rng(0)
+    y, c, m = rng.normal(size=50), rng.normal(size=50), rng.integers(1, 9, 50)
+    found, plain = estimate_controlled(y, c, m), estimate(y, m)
+    np.testing.assert_allclose([found.mean, found.se], [plain.mean, plain.se * np.sqrt(49 / 48)], rtol=1e-10)
+    batch = estimate_controlled(np.stack([y, np.where(np.arange(50) == 7, -np.inf, y)]), np.stack([c, c]), m)  # one problem's infinity is no other's
+    np.testing.assert_allclose(batch.mean, [plain.mean, -np.inf])
+    np.testing.assert_allclose(batch.lo, [plain.mean - stats.t.ppf(0.975, 48) * found.se, -np.inf])
 
 
 def test_a_ratio_clusters_its_error():

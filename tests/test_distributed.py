@@ -285,4 +285,4 @@ def test_the_number_of_processes_is_a_part_of_a_key_unless_it_is_one():
         recipes = Pipeline(SmolLM2Params(tau=0.6, processes=processes)).recipes()
         keys[processes] = {r.stage: r.key for r in recipes}
         assert [r.params.get("processes") for r in recipes if r.stage in ("teacher", "student")] == [None if processes == 1 else 2] * 4
-    assert {stage for stage in keys[1] if keys[1][stage] == keys[2][stage]} == {"vocabulary", "truth"}
+    assert {stage for stage in keys[1] if keys[1][stage] == keys[2][stage]} == {"pilot", "vocabulary", "truth"}

@@ -285,6 +285,7 @@ def test_a_copy_with_another_parameter_is_checked_by_types(folder):
         (SmolLM2Params, {"teacher_width": 100}, "teacher_width must be an integer >= 64 and a multiple of 64, got 100"),
         (SmolLM2Params, {"teacher_shape": "1.7b"}, 'teacher_shape must be "plain" or "135m" or "360m", got \'1.7b\''),
         (SmolLM2Params, {"student_shape": "135m", "student_width": 576}, "student_shape 135m must have student_width: 576, student_layers: 30, got 576 and 1"),
+        (SmolLM2Params, {"n_scored": 2}, "n_scored must be an integer >= 3 or nothing, got 2"),
         (SmolLM2Params, {"micro_batch": 0}, "micro_batch must be an integer >= 1 or nothing, got 0"),
         (SmolLM2Params, {"device": "gpu"}, 'device must be "cpu" or "cuda" or "auto", got \'gpu\''),
         (SmolLM2Params, {"dtype": "float16"}, 'dtype must be "float32" or "bfloat16", got \'float16\''),
