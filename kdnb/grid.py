@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -345,7 +345,7 @@ def run_jobs(
     workers: int,        # jobs at a time
     bar: Any,            # tqdm; advanced by one per job
     quiet: bool = False, # no line per job
-) -> dict[str, dict]:    # name -> status
+) -> Generator[bool, None, dict[str, dict]]:  # whether a worker is idle; at last: name -> status
     "Execute jobs, past failures."
     waiting, done = list(jobs), {}
     try:
@@ -358,6 +358,7 @@ def run_jobs(
                 if not quiet:
                     tqdm.write(_describe(job, done[job.name]))
             bar.set_postfix_str(" · ".join(_stage(job) for job in engine.jobs if (job.folder / LOG).exists()))
+            yield not waiting and len(engine.jobs) < workers
     finally:
         engine.close()
     return done
@@ -418,19 +419,19 @@ class Tasks:
         self.cluster.cancel(list(self.running))
 
 # %% ../nbs/42_grid.ipynb #7730a47b
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _hold(folder: Path) -> Generator[bool, None, FileLock]:
     "Hold a run's folder; say so if another process has it, and wait."
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"{folder.name}: another kdnb_run is working on it; waiting", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    lock, told = FileLock(folder / ".lock"), False
+    while True:
+        try:
+            lock.acquire(blocking=False)
+            return lock
+        except Timeout:
+            if not told:
+                print(f"{folder.name}: another kdnb_run is working on it; waiting", file=sys.stderr)
+            told = True
+            time.sleep(0.5)
+        yield True
 
 
 RUNNING = ".running.json"
@@ -479,21 +480,22 @@ def _summary_job(run: Any, folder: Path, cells: Sequence[Job], package: Package)
     return Job("summary", run.summary, folder / "summary", params, fingerprint(run.summary, params, package, inputs))
 
 
-def run_grid(
-    run: Any,                    # a `RunFile`
-    out: str | Path = "reports",
-    workers: int | None = None,  # omitted: as the run file says
-    force: bool = False,         # execute finished cells again
-    quiet: bool = False,         # no line per cell
-    engine: Callable = Processes,  # makes what runs jobs, from their resources and seconds
-) -> dict[str, dict]:            # name -> status of every cell and of the summary
-    "Execute what is not finished of a run, then its summary, reports and index."
+def _execute_grid(
+    run: Any,            # a `RunFile`
+    out: str | Path,
+    workers: int,
+    force: bool,
+    quiet: bool,
+    engine: Callable,
+) -> Generator[bool, None, dict[str, dict]]:  # whether a worker is idle; at last: name -> status of every cell and of the summary
+    "Execute what is not finished of a run, then its summary and reports."
     from kdnb.params import cells
 
     out = writable_folder(out, "--out")
     folder = writable_folder(_confined(out / run.name, out), "--out")
     package = Package.find()
-    with _alone(folder):
+    lock = yield from _hold(folder)
+    try:
         jobs = [Job(c.name, c.notebook, folder / c.name, c.params, fingerprint(c.notebook, c.params, package)) for c in cells(run)]
         for name in (".unused", "summary", *(job.name for job in jobs)):
             _confined(folder / name, folder)
@@ -504,11 +506,11 @@ def run_grid(
         write_sealed(folder / RUNNING, {"params": {job.name: job.params for job in jobs}})
         with track(total=len(jobs) + bool(run.summary), desc=run.name, unit="cell") as bar:
             bar.initial = bar.n = len(jobs) - len(todo)  # so that the remaining time is that of cells that run
-            done = run_jobs(todo, engine(run.resources, run.timeout_s), workers or run.workers, bar, quiet) if todo else {}
+            done = (yield from run_jobs(todo, engine(run.resources, run.timeout_s), workers, bar, quiet)) if todo else {}
             if run.summary:
                 jobs.append(_summary_job(run, folder, jobs, package))
                 if force or done or not is_finished(jobs[-1]):
-                    done |= run_jobs(jobs[-1:], engine(run.resources, run.timeout_s), 1, bar, quiet)
+                    done |= yield from run_jobs(jobs[-1:], engine(run.resources, run.timeout_s), workers, bar, quiet)
                 else:
                     bar.update()
         (folder / RUNNING).unlink()
@@ -516,7 +518,26 @@ def run_grid(
         for job in jobs:
             if not statuses[job.name]["ran"]:
                 statuses[job.name]["report_error"] = "" if (job.folder / REPORT).is_file() else _render(job.folder)
+    finally:
+        lock.release()
     return statuses
+
+
+def run_grid(
+    run: Any,                    # a `RunFile`
+    out: str | Path = "reports",
+    workers: int | None = None,  # omitted: as the run file says
+    force: bool = False,         # execute finished cells again
+    quiet: bool = False,         # no line per cell
+    engine: Callable = Processes,  # makes what runs jobs, from their resources and seconds
+) -> dict[str, dict]:            # name -> status of every cell and of the summary
+    "Execute what is not finished of a run, then its summary and reports."
+    steps = _execute_grid(run, out, workers or run.workers, force, quiet, engine)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 # %% ../nbs/42_grid.ipynb #b07442f5
 def publish(
@@ -616,23 +637,47 @@ def _run_all(args: argparse.Namespace) -> list[str]:  # one line for each thing 
         return _run_each(args, runs, engine)
 
 
+def _may_begin(run: Any, active: Mapping[str, Any], idle: Mapping[str, bool]) -> bool:
+    "Whether a run may begin beside others: each of them leaves a worker idle, and a cell of any needs one core."
+    from kdnb.params import Resources
+
+    return all(idle[name] and other.resources == run.resources == Resources() for name, other in active.items())
+
+
+def _finish_run(run: Any, statuses: Mapping[str, dict], args: argparse.Namespace) -> list[str]:
+    "Say what a run came to, and publish it if that was asked for; a line for each thing that failed."
+    out, ran = Path(args.out), [s["ran"] for s in statuses.values()]
+    errors = [f"{run.name}/{name}: {s['error']}" for name, s in statuses.items() if s["error"]]
+    errors += [f"{run.name}/{name}: report not made: {s['report_error']}" for name, s in statuses.items() if s["report_error"]]
+    if not args.quiet:
+        print(f"{run.name}: {sum(ran)} executed, {len(ran) - sum(ran)} already finished")
+    if args.publish and not errors:
+        publish(out / run.name, list(statuses), writable_folder(_confined(out / "published", out), "--out") / run.name)
+    elif args.publish:
+        errors.append(f"{run.name}: not published, because some of it failed")
+    return errors
+
+
 def _run_each(args: argparse.Namespace, runs: Sequence, engine: Callable) -> list[str]:
-    "The same with an engine."
-    failed, out, changed = [], Path(args.out), False
-    for run in runs:
-        workers = args.workers or (sys.maxsize if args.address else run.workers)
-        statuses = run_grid(run, out, workers, args.force, args.quiet, engine)
-        errors = [f"{run.name}/{name}: {s['error']}" for name, s in statuses.items() if s["error"]]
-        errors += [f"{run.name}/{name}: report not made: {s['report_error']}" for name, s in statuses.items() if s["report_error"]]
-        ran = [s["ran"] for s in statuses.values()]
-        changed |= any(ran)
-        if not args.quiet:
-            print(f"{run.name}: {sum(ran)} executed, {len(ran) - sum(ran)} already finished")
-        if args.publish and not errors:
-            publish(out / run.name, list(statuses), writable_folder(_confined(out / "published", out), "--out") / run.name)
-        elif args.publish:
-            errors.append(f"{run.name}: not published, because some of it failed")
-        failed += errors
+    "The same with an engine; a run begins when the one before leaves a worker idle, most often to its summary."
+    failed, out, changed, waiting = [], Path(args.out), False, list(runs)
+    active, steps, idle = {}, {}, {}
+    try:
+        while waiting or active:
+            if waiting and _may_begin(waiting[0], active, idle):
+                run = waiting.pop(0)
+                workers = args.workers or (sys.maxsize if args.address else run.workers)
+                active[run.name], steps[run.name], idle[run.name] = run, _execute_grid(run, out, workers, args.force, args.quiet, engine), False
+            for name, run in list(active.items()):
+                try:
+                    idle[name] = next(steps[name])
+                except StopIteration as end:
+                    del active[name]
+                    failed += _finish_run(run, end.value, args)
+                    changed |= any(s["ran"] for s in end.value.values())
+    finally:
+        for name in active:
+            steps[name].close()
     if (changed or not (out / "index.html").is_file()) and (error := _index_in_worker(out)):
         failed.append(f"index.html: not made: {error}")
     if not args.quiet and not failed:

@@ -279,6 +279,55 @@ def test_a_run_from_failure_to_publication(folder, capfd):
     assert (run / "x=1" / "status.json").stat().st_mtime_ns > first[run / "x=1" / "status.json"][1]
 
 
+WAIT = """import time
+from pathlib import Path
+end = time.monotonic() + {seconds}
+while not Path('../../../second').exists() and time.monotonic() < end: time.sleep(0.05)
+print('met' if Path('../../../second').exists() else 'alone')"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("resources", "seconds", "met"), [("", 60, "met"), ("\nresources: {cpus: 2}", 3, "alone")])
+def test_the_next_run_begins_beside_a_summary_unless_it_needs_the_machine(folder, capfd, resources, seconds, met):
+    first = write_run(folder, "", MEASURE, name="first")
+    write_notebook(folder / "first_summary.ipynb", cell("s", WAIT.format(seconds=seconds)))
+    second = write_run(folder, resources.strip(), "open('../../../second', 'w').close()", MEASURE, name="second")
+    assert main([first, second, "--publish"]) == 0
+    out = capfd.readouterr().out
+    assert {"first: 2 executed, 0 already finished", "second: 1 executed, 0 already finished"} < set(out.splitlines())
+    assert f'"{met}\\n"' in (folder / "reports" / "published" / "first" / "summary" / "notebook.ipynb").read_text()
+    assert (folder / "reports" / "published" / "second" / "single" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_commands_with_the_same_runs_in_another_order_both_end(folder):
+    "Each holds the folder that the other waits for; whoever waits goes on with what it has."
+    for name in ("a", "b"):
+        write_run(folder, "", "import time\ntime.sleep(1)", MEASURE, name=name)
+        write_notebook(folder / f"{name}_summary.ipynb", cell("s", "import time\ntime.sleep(2)"))
+    both = [start("a.yaml", "b.yaml"), start("b.yaml", "a.yaml")]
+    assert [p.communicate(timeout=90) and p.returncode for p in both] == [0, 0]
+    for name in ("a", "b"):
+        assert states(folder / "reports" / name) == {"single": "ok", "summary": "ok"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_runs(folder):
+    "The first is at its summary, the second at its cell."
+    first = write_run(folder, "", MEASURE, name="first")
+    write_notebook(folder / "first_summary.ipynb", cell("s", "import time\ntime.sleep(300)"))
+    second = write_run(folder, "", "open('../../../second', 'w').close()\nimport time\ntime.sleep(300)", name="second")
+    command = start(first, second)
+    wait_for((folder / "second").exists)
+    family = descendants(command)
+    command.send_signal(signal.SIGINT)
+    assert command.wait(timeout=20) == 130
+    assert "interrupted; the same command continues" in command.communicate()[1]
+    assert not is_alive(family)
+    assert states(folder / "reports" / "first") == {"single": "ok"}
+    assert states(folder / "reports" / "second") == {}
+
+
 @pytest.mark.slow
 def test_an_axis_may_choose_the_notebook(folder, capfd):
     for name in ("01_a", "02_b"):
