@@ -10,7 +10,7 @@ import functools
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from .lm import LM, Tokens, _check_sizes, _freed_memory_kept, _quick_products
@@ -55,17 +55,10 @@ def _roomy_layer() -> type:
             if not self.is_initialized:
                 return
             moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
-            for x in (self.keys, self.values):
-                x[moved] = x[indices[moved]]
-            self._hold(len(indices), self.get_seq_length())
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            if not self.is_initialized:
-                return
-            rows, length = self.keys.shape[0], self.get_seq_length()
+            length = self.get_seq_length()
             for room in self.room:
-                room[: rows * repeats, :, :length] = room[:rows, :, :length].repeat_interleave(repeats, 0)
-            self._hold(rows * repeats, length)
+                room[moved, :, :length] = room[indices[moved], :, :length]
+            self._hold(len(indices), length)
 
     return RoomyLayer
 
@@ -80,11 +73,19 @@ def _cache(lm: LM, rows: int) -> Any:  # transformers.DynamicCache
     return cache
 
 # %% ../nbs/21_sampling.ipynb #7a25046c
-def _filled(ended: Bool[Tensor, " b"]) -> Int64[Tensor, " m"]:
-    "Rows that stay, in an order in which only the last ones move: each to the place of an ended one."
-    stay = torch.arange(int((~ended).sum()), device=ended.device)
-    stay[ended[: len(stay)]] = len(stay) + (~ended[len(stay) :]).nonzero()[:, 0]
-    return stay
+def _branches(
+    row: Int64[Tensor, " b"],    # of the cache, that each sequence went on from
+    token: Int64[Tensor, " b"],  # that it drew
+    vocab_size: int,
+) -> tuple[Int64[Tensor, " r"], Int64[Tensor, " r"], Int64[Tensor, " b"]]:  # per new row: the row of its past, its last token; per sequence: its row
+    "One row for each distinct prefix; the first that goes on from a row stays there, as long as there are so many rows."
+    seen, row = (row * vocab_size + token).unique(return_inverse=True)
+    past = seen // vocab_size
+    stays = (past.diff(prepend=past[:1] - 1) > 0) & (past < len(past))
+    order = torch.full_like(past, -1)
+    order[past[stays]] = stays.nonzero()[:, 0]
+    order[order < 0] = (~stays).nonzero()[:, 0]
+    return past[order], seen[order] % vocab_size, order.argsort()[row]
 
 
 @_freed_memory_kept()
@@ -116,14 +117,11 @@ def sample_lm(
 
     with _quick_products(lm.model), track(total=n * lm.max_length, desc=desc, unit="token") as bar:
         for live in torch.arange(n).split(batch_size):  # rows still growing
-            cache = _cache(lm, len(live))
-            feed = prompt
+            cache, feed, row = _cache(lm, len(live)), prompt, torch.zeros(len(live), dtype=torch.int64, device=lm.device)
             for t in range(lm.max_length):
                 out = lm.model(input_ids=feed, past_key_values=cache, use_cache=True, logits_to_keep=1, output_hidden_states=embed)
-                logits = out.logits[:, -1]
-                if t == 0:
-                    cache.batch_repeat_interleave(len(live))
-                    logits = logits.expand(len(live), -1)
+                are_shared = len(feed) < len(live)  # else row i is that of the i-th sequence
+                logits = out.logits[row, -1] if are_shared else out.logits[:, -1]
                 log_p = (logits.float() / lm.tau).log_softmax(-1)
                 token = inverse_cdf(log_p, u[live, t].to(lm.device))
                 prob = log_p.exp()
@@ -133,7 +131,7 @@ def sample_lm(
                 if kept is not None:
                     kept[live, t] = log_p.cpu()
                 if embedding is not None:
-                    embedding[live] += out.hidden_states[-1][:, -1].float().cpu()
+                    embedding[live] += out.hidden_states[-1][row, -1].float().cpu()
                 if mass is not None:
                     mass += prob.sum(0, dtype=torch.float64).cpu()
                 ended = torch.isin(token, stops)
@@ -143,9 +141,12 @@ def sample_lm(
                     bar.update(int(ended.sum()) * (lm.max_length - t - 1))  # steps that need not be taken
                     if ended.all():
                         break
-                    stay = _filled(ended)
-                    live, token = live[stay.cpu()], token[stay]
-                    cache.batch_select_indices(stay)
+                    live, token, row = live[~ended.cpu()], token[~ended], row[~ended]
+                if are_shared or ended.any():
+                    past, token, row = _branches(row, token, lm.vocab_size)
+                    cache.batch_select_indices(past)
+                    if len(past) == len(live):
+                        live, row = live[row.argsort().cpu()], row.sort().values
                 feed = token[:, None]
     return Tokens(ids, length, log_prob, kept, entropy, embedding if embedding is None else embedding / length[:, None])
 
