@@ -7,7 +7,23 @@ import pytest
 import torch
 from scipy import stats
 
-from kdnb.core import Distribution, Estimate, combine, difference, distill, entropy, estimate, estimate_controlled, kl, make_rng, measure, precision, recall, ruler, verdict
+from kdnb.core import (
+    Distribution,
+    Estimate,
+    combine,
+    difference,
+    distill,
+    entropy,
+    estimate,
+    estimate_controlled,
+    kl,
+    make_rng,
+    measure,
+    precision,
+    recall,
+    ruler,
+    verdict,
+)
 
 
 class Normal:
