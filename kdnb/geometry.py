@@ -206,6 +206,15 @@ def _umap() -> Any:
     return umap
 
 # %% ../nbs/24_geometry.ipynb #7730a47b
+def _neighbours(
+    x: Float[Tensor, "n h"],
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:  # (n, k) indices and distances; each point is its own first
+    "The k nearest of each point."
+    near = [_distances(rows, x).topk(k, largest=False) for rows in x.split(ROWS)]
+    return torch.cat([n.indices for n in near]).numpy(), torch.cat([n.values for n in near]).numpy()
+
+
 def project(
     embeddings: Float[Tensor, "n h"],  # all the sets of one picture
     seed: int = 0,
@@ -216,8 +225,11 @@ def project(
         raise ValueError(f"embeddings must hold more than {neighbours} points, got {len(embeddings)}; UMAP joins each to its {neighbours} nearest")
     if not embeddings.isfinite().all():
         raise ValueError(f"embeddings must be finite, got {embeddings[~embeddings.isfinite()][0].item()} at {(~embeddings.isfinite()).nonzero()[0].tolist()}")
-    mapper = _umap().UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1, init="pca")
-    return mapper.fit_transform(embeddings.float().numpy())
+    x = embeddings.float()
+    near = _neighbours(x, neighbours)  # UMAP would compile its own search, for seconds in every process
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "precomputed_knn")  # that no more points can be placed later
+        return _umap().UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1, init="pca", precomputed_knn=near).fit_transform(x.numpy())
 
 # %% ../nbs/24_geometry.ipynb #b07442f5
 class Geometry(NamedTuple):

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -236,3 +237,15 @@ def test_messages_of_the_map(toy, monkeypatch):
 def test_importing_the_module_does_not_import_numba():
     code = "import sys, kdnb.geometry; print('umap' in sys.modules or 'numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_map_is_of_the_graph_that_umap_finds_itself():
+    x = torch.randn(300, 20, generator=make_rng(0, "graph"))
+    settings = {"n_neighbors": 15, "random_state": 0, "n_jobs": 1, "init": "pca", "n_epochs": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import umap
+
+        ours, theirs = (umap.UMAP(**settings, precomputed_knn=knn).fit(x.numpy()).graph_ for knn in (g._neighbours(x, 15), (None, None, None)))
+    np.testing.assert_allclose(ours.toarray(), theirs.toarray(), atol=1e-4)  # distances by different formulas in single precision
+    assert ours.nnz > 300 * 15
