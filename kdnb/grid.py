@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'NOTEBOOK', 'REPORT', 'LOG', 'PARTIAL', 'PROGRESS', 'RESULTS', 'PRODUCTS', 'SOCKETS', 'RUNNING', 'Package',
-           'fingerprint', 'source_path', 'clean_notebook', 'Job', 'is_finished', 'end_tree', 'Attempt',
+           'fingerprint', 'source_path', 'clean_notebook', 'Job', 'is_finished', 'end_tree', 'Attempt', 'cores',
            'threads_per_kernel', 'Processes', 'run_jobs', 'Tasks', 'run_grid', 'publish', 'main', 'executed_cells',
            'report_main']
 
@@ -280,6 +280,11 @@ class Attempt:
             socket.unlink(missing_ok=True)
 
 # %% ../nbs/42_grid.ipynb #f95c9363
+def cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads_per_kernel(
     cpus: int,  # that the run file asks for
 ) -> int:
@@ -705,7 +710,7 @@ def executed_cells(
 def _report_all(args: argparse.Namespace) -> list[str]:  # one line for each report that failed
     "Draw the reports of every folder again, and the pages that list them."
     cells = list(dict.fromkeys(c.resolve() for folder in args.folders for c in executed_cells(Path(folder))))
-    failed, workers = [], min(len(cells), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    failed, workers = [], min(len(cells), cores())
     with ProcessPoolExecutor(workers, mp_context=_server()) as pool:
         for cell, error in zip(cells, track(pool.map(_render, cells), total=len(cells), desc="reports", unit="report"), strict=True):
             failed += [f"{cell.parent.name}/{cell.name}: report not made: {error}"] * bool(error)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .cli import Parser, parser, run_command
-from .grid import threads_per_kernel
+from .grid import cores, threads_per_kernel
 from .params import RunFile, SmolLM2Params, cells, load_run
 from .store import Recipe
 
@@ -633,7 +633,8 @@ def _report(args: argparse.Namespace) -> str:
         return _scale_report([run.name for run in runs], bills, args)
     plans = []
     for run, bill in zip(runs, bills, strict=True):
-        machine = Machine([w for p in bill for w in p.work], *_place(run), run.workers, run.resources.cpus)
+        at_once = min(run.workers, max(1, cores() // threads_per_kernel(run.resources.cpus)))  # more workers than cores compute no faster
+        machine = Machine([w for p in bill for w in p.work], *_place(run), at_once, run.resources.cpus)
         plans.append((run.name, machine, plan(bill, machine, device)))
     if args.json:
         return json.dumps([_as_json(name, machine, rows, args.device) for name, machine, rows in plans], indent=1)
