@@ -107,6 +107,9 @@ def role_config(
     return config
 
 # %% ../nbs/30_pipeline.ipynb #ebe24f3b
+_CHECKED: set[tuple[str, ...]] = set()  # keys of draws of the truth that this process has scored again
+
+
 class Pipeline:
     "The stages of one SmolLM2 cell, lazily, every one of them through the store."
 
@@ -235,6 +238,14 @@ class Pipeline:
         "Draws of the truth; made once for all cells."
         return load_tokens(*(a.path for a in artifacts(self._splits[split])))
 
+    def _truth_drawn(self, split: str) -> Tokens:
+        "The same, once they were checked in this process."
+        tokens, keys = self.truth_tokens(split), tuple(r.key for r in self._splits[split])
+        if keys not in _CHECKED:
+            self._drawn(self.truth, tokens)
+            _CHECKED.add(keys)
+        return tokens
+
     # ---- teacher and student ----
 
     def _train_recipe(self, role: str, seed: int, data: list[Recipe], facts: dict, tokens: Any) -> Recipe:
@@ -265,7 +276,7 @@ class Pipeline:
     def _teacher_recipe(self, seed: int) -> Recipe:
         splits = self._splits
         data = [*splits["train"], *splits["select"]]
-        return self._train_recipe("teacher", seed, data, {}, lambda: tuple(self._drawn(self.truth, self.truth_tokens(split)) for split in ("train", "select")))
+        return self._train_recipe("teacher", seed, data, {}, lambda: (self._truth_drawn("train"), self._truth_drawn("select")))
 
     def _teacher_draws_recipe(self, seed: int) -> Recipe:
         "The teacher's samples at temperature tau: training and selection draws of a distilled student."
@@ -290,7 +301,9 @@ class Pipeline:
 
     def _student_data_checked(self, seed: int) -> tuple[Tokens, Tokens]:
         "What the student learns from, if it still belongs to its source."
-        source = self.truth if self.params.tau == "direct" else self._load(artifacts([self._teacher_recipe(seed)])[0].path).sharpen(self.params.tau)
+        if self.params.tau == "direct":
+            return self._truth_drawn("train"), self._truth_drawn("select")
+        source = self._load(artifacts([self._teacher_recipe(seed)])[0].path).sharpen(self.params.tau)
         train, select = self.student_data(seed)
         return self._drawn(source, train), self._drawn(source, select)
 
@@ -352,7 +365,7 @@ class Pipeline:
             from safetensors.torch import save_file
 
             lm, truth = self._load(artifacts([student])[0].path), self.truth
-            ours, theirs = self._drawn(lm, self.student_tokens(seed)), self._drawn(truth, self.truth_tokens(f"eval-{seed}"))
+            ours, theirs = self._drawn(lm, self.student_tokens(seed)), self._truth_drawn(f"eval-{seed}")
             (read,), (learnt,) = log_probs(lm, [truth], ours.select(slice(0, self.n_scored))), log_probs(truth, [lm], theirs)
             save_file({"points": read.embedding}, folder / "embedding.safetensors")
             totals = {}

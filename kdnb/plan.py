@@ -157,7 +157,6 @@ class _Pricer:
         self.truth = replace(self.full, vocab=min(params.vocab_size, self.full.vocab))
         self.roles = {role: Network.of(role_config(params, role, self.truth.vocab, 1 + self.t)) for role in ("teacher", "student")}
         self.bytes = 2 if params.device != "cpu" and params.dtype == "bfloat16" else 4  # of a number on the device
-        self.n_scored = params.n_scored or params.n_eval
         self.keep = keeps_next(params.n_eval, self.t, params.vocab_size)
 
     def _sampler_bytes(self, work: Work) -> int:
@@ -196,22 +195,17 @@ class _Pricer:
         disk = ARTIFACT_BYTES + TOKENIZER_BYTES + 4 * net.n_parameters + history
         return Price(role, (work, judged), work.tokens, disk, 24 * net.n_parameters + activations, 16 * (p.n_train + p.n_select) * self.t, step=batch)
 
-    def scores(self) -> Price:
-        "Both sides under both networks; the truth's own distributions need no pass if they were kept."
+    def scores(self, few: int) -> Price:
+        "Both sides, `few` sequences of the student, under both networks; the truth's own distributions need no pass if they were kept."
         from kdnb.scoring import LOGITS
 
-        n, few, student = self.p.n_eval, self.n_scored, self.roles["student"]
+        n, student = self.p.n_eval, self.roles["student"]
         passes = [(student, few), (self.truth, few), (student, n), *([] if self.keep else [(self.truth, n)])]
         work = tuple(Work("score", net, n, self.t, min(SCORE_BATCH, n), self.prompt, self.bytes) for net, n in passes)
         source = self.full.n_parameters if self.truth != self.full else 0
         networks = (student.n_parameters + self.truth.n_parameters + source) * self.bytes + 4 * LOGITS
         arrays = 40 * n * self.t + 16 * LOGITS + (8 * n * self.t * self.truth.vocab if self.keep else 0)
-        return Price("scores", work, (n + few) * self.t, ARTIFACT_BYTES + 80 * n + self._points_bytes, networks, arrays)
-
-    @property
-    def _points_bytes(self) -> int:
-        "Embeddings of the student's draws that the truth scores."
-        return 4 * self.n_scored * self.truth.width
+        return Price("scores", work, (n + few) * self.t, ARTIFACT_BYTES + 80 * n + 4 * few * self.truth.width, networks, arrays)
 
     def price(self, recipe: Recipe) -> Price:
         "The price of anything that a pipeline asks for."
@@ -226,7 +220,7 @@ class _Pricer:
             return self.training(stage)
         if stage == "pilot":
             return self.pilot(n)
-        return self.scores() if stage == "scores" else Price(stage, disk_bytes=ARTIFACT_BYTES + 8 * self.truth.vocab)
+        return self.scores(n) if stage == "scores" else Price(stage, disk_bytes=ARTIFACT_BYTES + 8 * self.truth.vocab)
 
 
 def prices(
