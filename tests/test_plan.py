@@ -73,17 +73,32 @@ def counted(work: p.Work, do) -> tuple[float, float]:
     return counter.get_total_flops(), work.flops
 
 
+def small_lm(vocab_size: int) -> LM:
+    config = llama_config(vocab_size=vocab_size, width=128, layers=2)
+    config._attn_implementation = "eager"  # a fused kernel on a CPU is not counted
+    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator
+        torch.manual_seed(0)
+        model = _transformers().LlamaForCausalLM(config)
+    return LM(model, prompt_ids=(1,), stop_ids=(), max_length=8)
+
+
 @pytest.fixture
 def small() -> LM:
-    config = llama_config(vocab_size=200, width=128, layers=2)
-    config._attn_implementation = "eager"  # a fused kernel on a CPU is not counted
-    return LM(_transformers().LlamaForCausalLM(config), prompt_ids=(1,), stop_ids=(), max_length=8)
+    return small_lm(200)
 
 
-def test_flops_of_sampling_are_those_counted(small):
-    work = p.Work("sample", p.Network.of(small.model.config), 6, 8, 6)
-    real, said = counted(work, lambda: sample_lm(small, 6, rng=make_rng(0)))
-    assert abs(real / said - 1) < 0.02
+@pytest.mark.parametrize(("vocab_size", "seed"), [(20_000, 0), (200, 2), (20, 5), (3, 4)])
+def test_flops_of_sampling_are_those_counted(vocab_size, seed):
+    """What is planned is the most: a prefix that several sequences have in common is computed once."""
+    lm, drawn = small_lm(vocab_size), []
+    work = p.Work("sample", p.Network.of(lm.model.config), 6, 8, 6)
+    real, said = counted(work, lambda: drawn.append(sample_lm(lm, 6, rng=make_rng(seed))))
+    prefixes = [len(drawn[0].ids[:, :t].unique(dim=0)) for t in range(1, 8)]
+    assert (sum(prefixes) == 6 * 7) == (vocab_size == 20_000)
+    first = work.network.flops(1, 1, 1)
+    once = first + sum(work.network.flops(n, 1 + t, n) for t, n in enumerate(prefixes, 1))
+    assert real == pytest.approx(once, rel=2e-3)
+    assert real == pytest.approx(said, rel=2e-3) if sum(prefixes) == 6 * 7 else real < said
 
 
 def test_flops_of_training_are_those_counted(small):
