@@ -208,6 +208,34 @@ def test_as_many_components_as_points():
     np.testing.assert_allclose(fit.mixture.means.sort(0).values, [[0.0], [1.0], [5.0]], atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_quick_step_is_the_softmax(kind, weighted, monkeypatch):
+    x = np.stack([points(seed=seed) for seed in range(3)])
+    w = np.random.default_rng(1).uniform(size=(3, 300)) if weighted else None
+    quick = fit_em(x, 4, kind, weights=w, rng=make_rng(0), max_iter=20, tol=0.0)
+    monkeypatch.setattr(em, "FAR", 1.0)  # no ratio is near enough
+    by_softmax = fit_em(x, 4, kind, weights=w, rng=make_rng(0), max_iter=20, tol=0.0)
+    np.testing.assert_allclose(quick.log_likelihood, by_softmax.log_likelihood, atol=1e-12)
+    np.testing.assert_allclose(quick.mixture.means, by_softmax.mixture.means, atol=1e-9)
+    assert not np.array_equal(quick.mixture.means, by_softmax.mixture.means)  # they are two ways
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ratios_beyond_all_numbers(kind, weighted):
+    """Two spikes a million of their widths apart, and a point between them: density 1e-300 and less, and 1e12 at the spikes."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([1e-6 * rng.normal(size=(200, 2)) + side for side in (-1, 1)] + [np.zeros((1, 2))])
+    w = np.ones(401) if weighted else None
+    fit = fit_em(x, 2, kind, weights=w, means_init=[[-1.0, -1.0], [1.0, 1.0]], max_iter=3, tol=0.0, reg=1e-9)
+    np.testing.assert_allclose(fit.log_likelihood.item(), fit.mixture.log_prob(x).mean().item(), rtol=1e-7)  # z² − 2zμ + μ² at variance 1e-9
+    np.testing.assert_allclose(fit.mixture.weights.sum().item(), 1.0, rtol=1e-15)
+    assert fit.mixture.means.isfinite().all()
+    both = fit_em(np.stack([x, rng.normal(size=x.shape)]), 2, kind, weights=w, means_init=[[-1.0, -1.0], [1.0, 1.0]], max_iter=3, tol=0.0, reg=1e-9)
+    assert torch.equal(both.mixture.means[0], fit.mixture.means)
+
+
 def test_well_separated_points_underflow_quietly():
     x = np.concatenate([points(n=50, seed=s) + 1e5 * s for s in range(3)])
     fit = fit_em(x, 3, rng=make_rng(14), reg=0.0)
