@@ -112,7 +112,7 @@ class Work(NamedTuple):
 
     @property
     def flops(self) -> float:
-        "Floating-point operations."
+        "Floating-point operations; of sampling the most, because a prefix that several sequences have in common is computed once."
         if self.kind == "sample":
             first = math.ceil(self.sequences / self.batch) * self.network.flops(self.prompt, self.prompt, 1)
             return first + self.network.flops(self.sequences * (self.steps - 1), self.prompt + self.steps / 2, self.sequences * (self.steps - 1))
